@@ -1,0 +1,86 @@
+"""What every recogniser is: a frozen module from aligned crops to unit-norm embeddings, differentiable in its input.
+
+Shape legend: B images, D width of the embedding (`dim`), S pixels of the crop (`size`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anonfw import align, weights as weights_table
+
+
+class Recognizer(nn.Module):
+    """The contract. A subclass sets the attributes and gives `embed`.
+
+    Attributes:
+        name: of the sidecars with its embeddings.
+        dim: D.
+        size: S; the crop is `anonfw.align`'s `arcface`, RGB.
+        licence, sha256: of its weights.
+    """
+
+    name: str
+    dim: int
+    size: int
+    licence: str
+    sha256: str
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B,3,S,S) in [-1,1] -> (B,D), any length."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B,3,S,S) RGB in [-1,1] -> (B,D) unit norm; differentiable in `images`.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.size, self.size) or not images.is_floating_point():
+            raise ValueError(
+                f"{self.name} takes (B,3,{self.size},{self.size}) floats in [-1,1], got {tuple(images.shape)} "
+                f"{images.dtype}; crop with anonfw.align.window_to_arcface"
+            )
+        return F.normalize(self.embed(images), dim=1)
+
+    def train(self, mode: bool = True) -> Recognizer:  # noqa: ARG002
+        """Stays in eval: a frozen recogniser must not move its batch statistics when the system trains."""
+        return super().train(False)
+
+    def freeze(self) -> Recognizer:
+        return self.requires_grad_(False).eval()
+
+
+class OnnxRecognizer(Recognizer):
+    """A recogniser from an ONNX file with one image input and one embedding output, converted to torch."""
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        from anonfw.identity.onnx_graph import convert
+
+        known = isinstance(weights, str) and weights in weights_table.table()
+        if known:
+            row = weights_table.weight(str(weights))
+            file, self.name, self.licence = weights_table.path(row.name), row.name, row.licence
+        else:
+            file = Path(weights).expanduser()
+            if not file.is_file():
+                raise weights_table.WeightsError(
+                    f"{weights} is neither a file nor a name of the weights table ({', '.join(weights_table.table())})"
+                )
+            self.name, self.licence = file.stem, "not stated"
+        self.sha256 = weights_table.file_sha256(file)
+        self.net, self.size, self.dim = convert(file)
+        self.freeze()
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+def embed_aligned(recognizer: Recognizer, images: Tensor, alignment: str) -> Tensor:
+    """Embeddings of aligned images: (B,3,S,S) in [-1,1] of any size and `anonfw.align` alignment -> (B,D) unit norm."""
+    return recognizer(align.window_to_arcface(images, alignment, recognizer.size))
