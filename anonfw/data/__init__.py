@@ -1,0 +1,44 @@
+"""Data sets on disk and the one loader of every system. The format is written down in `data/SCHEMA.md`.
+
+Names are looked up on first use: a decoding worker process imports this package and must not load torch for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .card import Card, DataError
+    from .loader import FaceLoader
+    from .sidecars import load_embeddings, write_sidecars
+    from .verify import verify_dataset
+    from .writer import DatasetWriter, Sample
+
+_HOME = {
+    "Card": "card",
+    "DataError": "card",
+    "DatasetWriter": "writer",
+    "FaceLoader": "loader",
+    "Sample": "writer",
+    "load_embeddings": "sidecars",
+    "verify_dataset": "verify",
+    "write_sidecars": "sidecars",
+}
+
+__all__ = [
+    "Card",
+    "DataError",
+    "DatasetWriter",
+    "FaceLoader",
+    "Sample",
+    "load_embeddings",
+    "verify_dataset",
+    "write_sidecars",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
