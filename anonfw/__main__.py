@@ -1,0 +1,131 @@
+"""The verbs: `python -m anonfw VERB ...`. A verb is one row of VERBS; its module is imported when it is called.
+
+Each module offers `add_arguments(parser)` and `run(args) -> int` (the exit code) and imports nothing heavy at its top.
+Exit codes: 0 done, 1 mistakes found or a crash (with traceback), 2 wrong usage or an expected error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from anonfw import __version__
+from anonfw.errors import AnonfwError
+
+
+class Verb(NamedTuple):
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "check": Verb(
+        "anonfw.check",
+        "print a recipe with everything resolved, or every mistake in it",
+        "python -m anonfw check recipes/id2face.yaml trainer.max_steps=100",
+    ),
+    "fit": Verb(
+        "anonfw.training.fit",
+        "train a recipe's system, or resume its last run, and print its result table",
+        "python -m anonfw fit recipes/id2face.yaml trainer.max_steps=100",
+    ),
+    "validate": Verb(
+        "anonfw.evaluate.validate",
+        "measure a trained system on people it has never seen and print the table",
+        "python -m anonfw validate runs/id2face/LATEST",
+    ),
+    "weights": Verb(
+        "anonfw.weights",
+        "list, fetch or verify the pretrained networks",
+        "python -m anonfw weights list",
+    ),
+    "embed": Verb(
+        "anonfw.data.sidecars",
+        "compute a data set's identity embeddings once and keep them beside its shards",
+        "python -m anonfw embed path/to/dataset --recogniser arcface_mbf",
+    ),
+    "export": Verb(
+        "anonfw.export",
+        "turn a checkpoint into weights, recipe and model card that others can load",
+        "python -m anonfw export runs/id2face/LATEST exported",
+    ),
+    "doctor": Verb(
+        "anonfw.doctor",
+        "show versions, devices, weights, caches, and whether the GPU really computes",
+        "python -m anonfw doctor",
+    ),
+}
+
+
+def overview() -> str:
+    """The text of `python -m anonfw --help`."""
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        f"anonfw {__version__}: train, measure and run face anonymization\n\n"
+        "usage: python -m anonfw VERB [arguments]\n\n"
+        f"verbs:\n{rows}\n\n"
+        "  python -m anonfw VERB --help    arguments and an example\n"
+        "  python -m anonfw --version\n\n"
+        "start here:\n  python -m anonfw fit recipes/id2face.yaml\n"
+    )
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The argument parser of one verb. Imports that verb's module and no other."""
+    verb = VERBS[name]
+    summary = verb.summary[0].upper() + verb.summary[1:] + "."
+    parser = argparse.ArgumentParser(
+        prog=f"python -m anonfw {name}",
+        description=summary,
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module = importlib.import_module(verb.module)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run one verb; errors pass through."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"anonfw: no verb {name!r}; {hint}There are: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    args = parser_of(name).parse_args(rest)
+    return args.run(args)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        return dispatch(sys.argv[1:] if arguments is None else arguments)
+    except AnonfwError as error:
+        print("\n".join([f"anonfw: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("anonfw: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has left: point stdout elsewhere, or the interpreter complains again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
