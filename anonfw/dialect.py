@@ -47,7 +47,10 @@ def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value.strip("\n") else None)
+    # Left to itself PyYAML folds U+0085 and its like into spaces when it writes plain or single-quoted text.
+    odd = not value.replace("\n", "").isprintable()
+    style = '"' if odd else "|" if "\n" in value.strip("\n") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
@@ -68,8 +71,9 @@ def parse(text: str) -> tuple[Any, dict[str, int]]:
     Raises:
         DialectError: a syntax error, a duplicate or non-text key, an unknown tag, a value that contains itself.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -83,7 +87,8 @@ def parse(text: str) -> tuple[Any, dict[str, int]]:
     except yaml.YAMLError as error:
         raise DialectError(f"not YAML: {error}", 1) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def dump(value: Any) -> str:

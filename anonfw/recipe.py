@@ -118,7 +118,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         parent, parent_origins = _read(path.parent / parent_name, mistakes, asked_by=origins["extends"])
         if "extends" in parent:
             text = "a recipe extends one level; let it extend the grandparent, or copy what it needs"
-            mistakes.append(Mistake(origins["extends"], "extends", text))
+            mistakes.append(Mistake(parent_origins["extends"], "extends", text))
             del parent["extends"]
         tree = _merge(parent, tree)
         origins = parent_origins | origins
