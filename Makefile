@@ -1,0 +1,55 @@
+# The project's commands. `make` lists them. Everything is installed into .venv; PYTHON names the interpreter it is made from.
+
+PYTHON ?= python3
+RECIPE ?= recipes/id2face.yaml
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Several test processes with several threads each would fight for the cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: help
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: setup
+setup: $(STAMP) ## make .venv and install the project and its tools into it
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "anonfw needs Python 3.11 or newer, and $(PYTHON) is older: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv (a few gigabytes; a minute or two, longer on a slow network)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off -e '.[dev]'
+	@touch $@
+	@echo "installed: $$($(BIN)/python -c 'import importlib.metadata as m; print("anonfw", m.version("anonfw"), "with torch", m.version("torch"))')"
+
+.PHONY: demo
+demo: $(STAMP) ## install, train ID2Face on the embedded faces, print the table (about 12 minutes on 2 cores)
+	$(BIN)/python -m anonfw fit $(RECIPE)
+
+.PHONY: test
+test: $(STAMP) ## install and run the whole test suite (under 10 minutes on 2 cores)
+	$(TEST)
+
+.PHONY: check
+check: lint ## lint and the quick part of the suite (about a minute)
+	$(TEST) -m "not slow"
+
+.PHONY: lint
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: bench
+bench: $(STAMP) ## every benchmark in bench/, one after the other
+	@set -e; for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+.PHONY: clean
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
