@@ -7,7 +7,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .files import write_json
+from anonfw.data.files import write_json
+from anonfw.errors import AnonfwError
 
 SCHEMA_VERSION = 1
 CARD_NAME = "card.json"
@@ -15,7 +16,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 
 
-class DataError(Exception):
+class DataError(AnonfwError):
     """A data set that cannot be used as asked. The message says what is wrong, where, and what to run."""
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .card import DataError, Shard
-from .files import atomic, cache_folder, sha256_of
+from anonfw.data.card import DataError, Shard
+from anonfw.data.files import atomic, cache_folder, sha256_of
 
 INDEX_VERSION = 1
 OK, NO_IMAGE, NO_RECORD, BAD_RECORD, TRUNCATED = range(5)

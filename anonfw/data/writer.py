@@ -16,11 +16,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..align import ALIGNMENTS
-from .card import CARD_NAME, KEY, NAME, Card, DataError, Shard
-from .files import atomic, sha256_of
-from .index import build_index, index_path, open_index
-from .sidecars import record_sidecar, sidecar_path
+from anonfw.align import ALIGNMENTS
+from anonfw.data.card import CARD_NAME, KEY, NAME, Card, DataError, Shard
+from anonfw.data.files import sha256_of
+from anonfw.data.index import build_index, index_path, open_index
+from anonfw.data.sidecars import save_sidecar
 
 
 @dataclass
@@ -216,10 +216,7 @@ class DatasetWriter:
         path = shard.path
         entry = Shard(path.name, split, shard.samples, shard.identities, path.stat().st_size, sha256_of(path))
         for name, vectors in shard.embeddings.items():
-            rows = np.stack(vectors).astype(np.float16)
-            with atomic(sidecar_path(path, name)) as file:
-                np.save(file, rows)
-            record_sidecar(self.out, entry, name, self.sidecars[name], rows.shape)
+            save_sidecar(self.out, entry, name, self.sidecars[name], np.stack(vectors))
         build_index(path).save(index_path(path))
         self.card.shards.append(entry)  # last: from here on readers take the shard
         self.card.shards.sort(key=lambda shard: shard.file)

@@ -1,0 +1,92 @@
+"""One side of a batch, samples or partners: a table with its sidecars, from rows to jobs and from pixels to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from anonfw.batch import FaceBatch
+from anonfw.data import decode, index, ring
+from anonfw.data.bad import BadSample
+from anonfw.data.sidecars import Sidecar
+from anonfw.data.table import Table
+
+MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
+MIRRORED_FACTORS = ("yaw", "roll")  # change sign with the picture
+
+
+class Side:
+    """A table that pictures are read from.
+
+    Args:
+        sidecars: recogniser name -> sha256 of its weights, or None.
+    """
+
+    def __init__(self, table: Table, sidecars: Mapping[str, str | None]) -> None:
+        self.table = table
+        self.sidecars = {
+            name: Sidecar(table.folder, table.shards, name, sha256) for name, sha256 in sidecars.items()
+        }
+        self.size = table.card.image_size
+        self.picture_bytes = 3 * self.size**2
+
+    def jobs(self, rows: np.ndarray, mirrored: np.ndarray, first_tar: int, start: int) -> np.ndarray:
+        """Decoding jobs (`anonfw.data.decode`) whose pixels go one behind the other from byte `start`."""
+        table = self.table
+        jobs = ring.empty_jobs(len(rows))
+        jobs[:, decode.TAR] = table.shard[rows] + first_tar
+        jobs[:, decode.OFFSET] = table.offset[rows]
+        jobs[:, decode.SIZE] = np.where(table.fault[rows] == index.OK, table.size[rows], 0)
+        jobs[:, decode.MIRRORED] = mirrored
+        jobs[:, decode.SIDE] = self.size
+        jobs[:, decode.DESTINATION] = start + np.arange(len(rows)) * self.picture_bytes
+        return jobs
+
+    def known_bad(self) -> Iterator[BadSample]:
+        """What the index knows to be unusable."""
+        for row in np.flatnonzero(self.table.fault != index.OK):
+            yield self._bad(row, index.REASONS[int(self.table.fault[row])])
+
+    def found_bad(self, rows: np.ndarray, status: np.ndarray) -> Iterator[BadSample]:
+        """What could not be decoded."""
+        for place in np.flatnonzero((status != decode.OK) & (status != decode.KNOWN_BAD)):
+            yield self._bad(rows[place], decode.REASONS[int(status[place])])
+
+    def _bad(self, row: int, reason: str) -> BadSample:
+        shard = self.table.shards[self.table.shard[row]].file
+        return BadSample(shard, self.table.key[row].decode() or None, int(self.table.row[row]), reason)
+
+    def batch(self, rows: np.ndarray, mirrored: np.ndarray, pixels: np.ndarray, good: np.ndarray) -> FaceBatch:
+        """The batch of the `good` rows. `pixels` is copied; with CUDA the tensors are pinned."""
+        pinned = torch.cuda.is_available()
+        picture = torch.from_numpy(pixels).view(len(rows), 3, self.size, self.size)
+        kept = torch.from_numpy(np.flatnonzero(good))
+        image = torch.empty((len(kept), 3, self.size, self.size), dtype=torch.uint8, pin_memory=pinned)
+        if len(kept) == len(rows):
+            image.copy_(picture)
+        else:
+            torch.index_select(picture, 0, kept, out=image)
+        rows, mirrored = rows[good], mirrored[good]
+        landmarks = self.table.landmarks[rows]
+        turned = landmarks[mirrored][:, MIRRORED_LANDMARKS]
+        turned[..., 0] = self.size - 1 - turned[..., 0]
+        landmarks[mirrored] = turned
+        factors = {name: values[rows] for name, values in self.table.factors.items()}
+        for name in MIRRORED_FACTORS:
+            if name in factors:
+                factors[name][mirrored] *= -1
+        batch = FaceBatch(
+            image=image,
+            identity=torch.from_numpy(self.table.person[rows]),
+            index=torch.from_numpy(rows.astype(np.int64)),
+            key=[key.decode() for key in self.table.key[rows].tolist()],
+            landmarks=torch.from_numpy(landmarks),
+            factors={name: torch.from_numpy(values) for name, values in factors.items()},
+            embeddings={
+                name: torch.from_numpy(sidecar.rows(self.table.shard[rows], self.table.row[rows]))
+                for name, sidecar in self.sidecars.items()
+            },
+        )
+        return batch.pin_memory() if pinned else batch
