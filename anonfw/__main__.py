@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from anonfw import __version__
@@ -76,8 +77,8 @@ def overview() -> str:
     )
 
 
-def parser_of(name: str) -> argparse.ArgumentParser:
-    """The argument parser of one verb. Imports that verb's module and no other."""
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int]]:
+    """The argument parser of one verb and what runs it. Imports that verb's module and no other."""
     verb = VERBS[name]
     summary = verb.summary[0].upper() + verb.summary[1:] + "."
     parser = argparse.ArgumentParser(
@@ -89,8 +90,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     )
     module = importlib.import_module(verb.module)
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
-    return parser
+    return parser, module.run
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -107,8 +107,12 @@ def dispatch(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         print(f"anonfw: no verb {name!r}; {hint}There are: {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    args = parser_of(name).parse_args(rest)
-    return args.run(args)
+    parser, run = parser_of(name)
+    try:
+        args = parser.parse_intermixed_args(rest)  # key=value before and after options
+    except TypeError:  # a parser with sub-commands cannot intermix
+        args = parser.parse_args(rest)
+    return run(args)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Tests run side by side: one thread each, set before torch and OpenMP read it, and inherited by the processes they start.
+# Tests run side by side: one thread each, set before OpenMP reads it and inherited by the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 

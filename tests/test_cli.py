@@ -61,7 +61,9 @@ def test_help_is_instant(root):
 def test_every_example_parses(verb):
     words = cli.VERBS[verb].example.split()
     assert words[:4] == ["python", "-m", "anonfw", verb]
-    assert callable(cli.parser_of(verb).parse_args(words[4:]).run)
+    parser, run = cli.parser_of(verb)
+    parser.parse_args(words[4:])
+    assert callable(run)
 
 
 def test_no_verb_shows_the_overview_and_is_wrong_usage(capsys):
@@ -90,7 +92,7 @@ def verb(monkeypatch):
             return 7
 
         module = types.ModuleType("anonfw_trial")
-        module.add_arguments, module.run = (lambda parser: None), run
+        module.add_arguments, module.run = (lambda _: None), run
         monkeypatch.setitem(sys.modules, "anonfw_trial", module)
         monkeypatch.setitem(cli.VERBS, "trial", cli.Verb("anonfw_trial", "try", "python -m anonfw trial"))
 
@@ -150,9 +152,8 @@ def test_check_of_text_mistakes_does_not_load_torch(tmp_path, root):
 
 def test_output_into_a_closed_pipe_is_no_error(root):
     command = f"{sys.executable} -m anonfw --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
