@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .card import Card, DataError
-    from .loader import FaceLoader
-    from .sidecars import load_embeddings, write_sidecars
-    from .verify import verify_dataset
-    from .writer import DatasetWriter, Sample
+    from anonfw.data.card import Card, DataError
+    from anonfw.data.embeddings import load_embeddings
+    from anonfw.data.loader import FaceLoader
+    from anonfw.data.sidecars import write_sidecars
+    from anonfw.data.verify import verify_dataset
+    from anonfw.data.writer import DatasetWriter, Sample
 
 _HOME = {
     "Card": "card",
@@ -21,7 +22,7 @@ _HOME = {
     "DatasetWriter": "writer",
     "FaceLoader": "loader",
     "Sample": "writer",
-    "load_embeddings": "sidecars",
+    "load_embeddings": "embeddings",
     "verify_dataset": "verify",
     "write_sidecars": "sidecars",
 }

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from anonfw.data.card import CARD_NAME, Card, DataError, Shard
+from anonfw.data.embeddings import read_record, sidecar_path, sidecar_record_path
 from anonfw.data.files import cache_folder, sha256_of
 from anonfw.data.index import Index, index_path
-from anonfw.data.sidecars import read_record, sidecar_path, sidecar_record_path
 from anonfw.data.table import local_folder
 
 ADDRESS = re.compile(r"(https?|s3|gs|pipe):")

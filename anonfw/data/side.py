@@ -10,7 +10,7 @@ import torch
 from anonfw.batch import FaceBatch
 from anonfw.data import decode, index, ring
 from anonfw.data.bad import BadSample
-from anonfw.data.sidecars import Sidecar
+from anonfw.data.embeddings import Sidecar
 from anonfw.data.table import Table
 
 MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
@@ -26,9 +26,7 @@ class Side:
 
     def __init__(self, table: Table, sidecars: Mapping[str, str | None]) -> None:
         self.table = table
-        self.sidecars = {
-            name: Sidecar(table.folder, table.shards, name, sha256) for name, sha256 in sidecars.items()
-        }
+        self.sidecars = {name: Sidecar(table.folder, table.shards, name, sha256) for name, sha256 in sidecars.items()}
         self.size = table.card.image_size
         self.picture_bytes = 3 * self.size**2
 

@@ -1,127 +1,148 @@
-"""Cached embeddings: `SHARD.RECOGNISER.npy`, float16, row = sample of the shard, and `RECOGNISER.sidecar.json`.
-
-The JSON file says which weights made the arrays and which tar each belongs to, so that embeddings of other weights or
-of another tar are refused instead of joined.
-"""
+"""Sidecars are made here: the verb `embed` runs a recogniser over a data set once and keeps its embeddings."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anonfw.data.card import DataError, Shard
-from anonfw.data.files import atomic, sha256_of, write_json
+from anonfw.data.card import Card, DataError, Shard
+from anonfw.data.embeddings import Sidecar, save_sidecar
+from anonfw.data.table import local_folder
+
+if TYPE_CHECKING:
+    from anonfw.identity import Recognizer
 
 
-def sidecar_path(tar: Path, name: str) -> Path:
-    return tar.with_name(f"{tar.name.removesuffix('.tar')}.{name}.npy")
+def write_sidecars(
+    dataset: str | Path,
+    encoder: Recognizer,
+    splits: Sequence[str] | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Embed every shard that has no valid array of this encoder yet. Interrupted, it goes on at the next shard.
 
-
-def sidecar_record_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.sidecar.json"
-
-
-def read_record(folder: Path, name: str) -> dict:
-    """The sidecar's JSON, or an empty one.
-
-    Raises:
-        DataError: it is there and not readable.
-    """
-    path = sidecar_record_path(folder, name)
-    if not path.is_file():
-        return {"encoder": name, "sha256": None, "dim": None, "shards": {}}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not readable JSON ({error}). Delete it and embed again.") from error
-
-
-def save_sidecar(folder: Path, shard: Shard, name: str, encoder_sha256: str, embeddings: np.ndarray) -> None:
-    """Write a shard's array, then note that it is there. Arrays of other weights are forgotten.
+    A sample whose picture is broken gets a row of NaN; the loader drops such samples anyway.
 
     Args:
-        embeddings: (rows, dim), kept as float16.
-    """
-    array = sidecar_path(folder / shard.file, name)
-    with atomic(array) as file:
-        np.save(file, embeddings.astype(np.float16))
-    rows, dim = embeddings.shape
-    record = read_record(folder, name)
-    if record["sha256"] != encoder_sha256 or record["dim"] != dim:
-        record = {"encoder": name, "sha256": encoder_sha256, "dim": dim, "shards": {}}
-    record["shards"][shard.stem] = {"rows": rows, "sha256": sha256_of(array), "tar_sha256": shard.sha256}
-    record["shards"] = dict(sorted(record["shards"].items()))
-    write_json(sidecar_record_path(folder, name), record)
-
-
-class Sidecar:
-    """The embeddings of one recogniser for the shards of a split, mapped and read by row.
-
-    Args:
-        folder: of the data set.
-        shards: of the split.
-        name: of the recogniser.
-        sha256: of the encoder that must have made them; None takes the weights table's, if it knows the name.
-    Raises:
-        DataError: missing for a shard, made by other weights, or with another number of rows.
-    """
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], name: str, sha256: str | None = None) -> None:
-        record = read_record(folder, name)
-        remedy = f"Run: python -m anonfw embed {folder} --encoder {name}"
-        expected = sha256 or _known_sha256(name)
-        if record["shards"] and expected and record["sha256"] != expected:
-            raise DataError(
-                f"the {name} embeddings of {folder} come from other weights (sha256 {str(record['sha256'])[:12]}..., "
-                f"wanted {expected[:12]}...). {remedy}"
-            )
-        self.name, self.sha256, self.dim = name, record["sha256"], record["dim"]
-        self._arrays = []
-        for shard in shards:
-            entry = record["shards"].get(shard.stem)
-            path = sidecar_path(folder / shard.file, name)
-            if entry is None or not path.is_file():
-                have = [stem for stem in record["shards"] if sidecar_path(folder / f"{stem}.tar", name).is_file()]
-                some = f"for {shard.file}" if have else "at all"
-                raise DataError(f"{folder} has no {name} embeddings {some}. {remedy}")
-            if entry["tar_sha256"] != shard.sha256:
-                raise DataError(f"{path} was made from another version of {shard.file}. {remedy}")
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path} is damaged ({error}). Delete it. {remedy}") from error
-            if array.shape != (shard.samples, self.dim) or entry["rows"] != shard.samples:
-                raise DataError(
-                    f"{path} has shape {array.shape}; {shard.file} needs ({shard.samples}, {self.dim}). {remedy}"
-                )
-            self._arrays.append(array)
-
-    def rows(self, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """(n,) shard numbers and (n,) rows inside them -> (n,dim) float32 of unit length."""
-        found = np.empty((len(shard), self.dim), np.float32)
-        for number in np.unique(shard):
-            here = shard == number
-            found[here] = self._arrays[number][row[here]]
-        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
-
-
-def _known_sha256(name: str) -> str | None:
-    from anonfw import weights
-
-    row = weights.table().get(name)
-    return row.sha256 if row else None
-
-
-def load_embeddings(dataset: str | Path, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """All cached embeddings of a split, for work that needs no pictures.
-
+        dataset: folder, or `embedded`.
+        encoder: `anonfw.identity` recogniser; its `name` and `sha256` are recorded.
+        splits: only these; None is all.
+        batch_size: pictures a forward pass.
+        device: None takes the GPU where there is one.
+        progress: show a bar.
     Returns:
-        (n,D) float32 unit-norm embeddings in the order of the shards, and the (n,) int64 person of each.
+        shards that were embedded now.
+    Raises:
+        DataError: no such data set or split, a shard that is not the one of its card, or embeddings that are not
+            finite.
     """
-    from anonfw.data.table import local_folder, open_table
+    import torch
+    from tqdm import tqdm
 
-    table = open_table(local_folder(dataset), split)
-    return Sidecar(table.folder, table.shards, name).rows(table.shard, table.row), table.person
+    folder = local_folder(dataset)
+    card = Card.load(folder)
+    unknown = set(splits or ()) - set(card.splits())
+    if unknown:
+        raise DataError(f"{folder} has no split {', '.join(sorted(unknown))}; it has {', '.join(card.splits())}.")
+    shards = [shard for split in splits or card.splits() for shard in card.of_split(split)]
+    todo = [shard for shard in shards if not _valid(folder, shard, encoder)]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = encoder.to(device)
+    with tqdm(total=sum(shard.samples for shard in todo), unit="img", disable=not progress, desc=encoder.name) as bar:
+        for shard in todo:
+            embeddings = _embed_shard(folder, card, shard, encoder, batch_size, device, bar.update)
+            save_sidecar(folder, shard, encoder.name, encoder.sha256, embeddings)
+    return len(todo)
+
+
+def _valid(folder: Path, shard: Shard, encoder: Recognizer) -> bool:
+    try:
+        Sidecar(folder, [shard], encoder.name, encoder.sha256)
+    except DataError:
+        return False
+    return True
+
+
+def _embed_shard(
+    folder: Path,
+    card: Card,
+    shard: Shard,
+    encoder: Recognizer,
+    batch_size: int,
+    device: str,
+    advance: Callable[[int], object],
+) -> np.ndarray:
+    import torch
+
+    from anonfw.data import decode
+    from anonfw.data.index import OK, open_index
+    from anonfw.identity import embed_aligned
+
+    tar = folder / shard.file
+    index = open_index(tar, shard)
+    if index.sha256 != shard.sha256 or tar.stat().st_size != shard.bytes:
+        raise DataError(f"{tar} is not the shard that the card describes: it is damaged. Copy or write it again first.")
+    tars = decode.Tars([tar])
+    side = card.image_size
+    found = np.full((len(index), encoder.dim), np.nan, np.float32)
+    for start in range(0, len(index), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(index)))
+        jobs = np.zeros((len(rows), decode.JOB_WIDTH), np.int64)
+        jobs[:, decode.OFFSET] = index.offset[rows]
+        jobs[:, decode.SIZE] = np.where(index.fault[rows] == OK, index.size[rows], 0)
+        jobs[:, decode.SIDE] = side
+        jobs[:, decode.DESTINATION] = np.arange(len(rows)) * 3 * side * side
+        status, pixels = np.zeros(len(rows), np.uint8), np.zeros(len(rows) * 3 * side * side, np.uint8)
+        decode.decode(jobs, status, pixels, tars)
+        good = np.flatnonzero(status == decode.OK)
+        if len(good):
+            images = torch.from_numpy(pixels.reshape(-1, 3, side, side)[good]).to(device)
+            with torch.inference_mode():
+                vectors = embed_aligned(encoder, images.float().div(127.5).sub(1), card.alignment)
+            found[rows[good]] = vectors.float().cpu().numpy()
+            if not np.isfinite(found[rows[good]]).all():
+                raise DataError(f"{encoder.name} gave embeddings that are not finite for pictures of {tar}.")
+        advance(len(rows))
+    return found
+
+
+def open_encoder(name: str) -> Recognizer:
+    """A recogniser of `anonfw.identity` by the name of its weights: `arcface_mbf` is `ArcFace(weights="arcface_mbf")`.
+
+    Raises:
+        DataError: no class is called like the part before the first `_`.
+    """
+    from anonfw import identity
+
+    classes = {
+        known.lower(): getattr(identity, known)
+        for known in identity.__all__
+        if isinstance(getattr(identity, known), type) and known != "Recognizer"
+    }
+    family = name.partition("_")[0].lower()
+    if family not in classes:
+        raise DataError(f"no recogniser for {name!r}: its name must begin with {' or '.join(sorted(classes))}.")
+    return classes[family](weights=name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="folder of a data set (data/SCHEMA.md), or 'embedded'")
+    parser.add_argument("--encoder", required=True, metavar="NAME", help="weights of a recogniser, such as arcface_mbf")
+    parser.add_argument("--split", action="append", metavar="NAME", help="only this split (may be repeated)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures a forward pass (default 64)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU where there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = local_folder(args.dataset)
+    Card.load(folder)  # before the weights are fetched
+    encoder = open_encoder(args.encoder)
+    done = write_sidecars(folder, encoder, args.split, args.batch_size, args.device)
+    print(f"{encoder.name} (sha256 {encoder.sha256[:12]}...): {done} shards embedded, the others were there already")
+    return 0

@@ -18,9 +18,9 @@ import numpy as np
 
 from anonfw.align import ALIGNMENTS
 from anonfw.data.card import CARD_NAME, KEY, NAME, Card, DataError, Shard
+from anonfw.data.embeddings import save_sidecar
 from anonfw.data.files import sha256_of
 from anonfw.data.index import build_index, index_path, open_index
-from anonfw.data.sidecars import save_sidecar
 
 
 @dataclass
