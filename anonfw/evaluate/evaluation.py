@@ -1,0 +1,302 @@
+"""`Evaluation`: an anonymizer, a loader of people it has never seen, and out comes the result table."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anonfw.batch import FaceBatch
+from anonfw.errors import AnonfwError
+from anonfw.evaluate import protocols
+from anonfw.evaluate.intervals import Estimate, mean_interval, rate_interval
+from anonfw.evaluate.references import NAMES, build_references
+from anonfw.evaluate.report import Report, rate_label
+from anonfw.evaluate.scorers import EXPRESSION, POSE, Measured, Scorers, SessionRecognizer, refuse_own_judge
+
+Anonymize = Callable[[FaceBatch, int], Tensor]
+
+
+class EvaluationError(AnonfwError):
+    """The set cannot be evaluated: too few people or photos."""
+
+
+class Evaluation:
+    """The measurement that ends a run. Build it once, `run` it on any anonymizer.
+
+    Args:
+        judge: recogniser that measures identity, by its name in the weights table, or a `Recognizer`. It must have had
+            no part in the system.
+        draws: anonymizations of each photo; identity measures use all of them, diversity needs two.
+        limit: photos at most, in the loader's order; None takes them all.
+        photos_per_person: photos of one person at most, so that nobody dominates the rates.
+        references: rows to compare with, out of `original`, `blur`, `pixelate`, `box`, `random_other`.
+        fpr: false positive rates of the verification columns.
+        detection_threshold: detector score from which a face counts as detected.
+        attribute_draws: of how many draws pose and expression are measured (the slowest measurement).
+        alignment: crop of the loader's images, as in its card.
+        batch_size: photos per call of the anonymizer.
+        seed: of the random other faces and of the bootstrap.
+        detector, attributes: None for SCRFD-500M and the project's estimators.
+    """
+
+    def __init__(
+        self,
+        judge: str | Any = "edgeface_s",
+        draws: int = 3,
+        limit: int | None = None,
+        photos_per_person: int = 6,
+        references: list[str] | tuple[str, ...] = NAMES,
+        fpr: list[float] | tuple[float, ...] = (1e-2, 1e-3),
+        detection_threshold: float = 0.5,
+        attribute_draws: int = 1,
+        alignment: str = "portrait",
+        batch_size: int = 64,
+        seed: int = 0,
+        detector: Any | None = None,
+        attributes: Any | None = None,
+    ) -> None:
+        if draws < 1 or attribute_draws < 1 or photos_per_person < 1:
+            raise ValueError("draws, attribute_draws and photos_per_person must be at least 1")
+        unknown = [name for name in references if name not in NAMES]
+        if unknown:
+            raise ValueError(f"unknown reference {', '.join(map(repr, unknown))}; there are {', '.join(NAMES)}")
+        self.judge, self.detector, self.attributes = judge, detector, attributes
+        self.draws, self.limit, self.photos_per_person = draws, limit, photos_per_person
+        self.references, self.fpr = tuple(references), sorted(fpr, reverse=True)
+        self.detection_threshold, self.attribute_draws = detection_threshold, min(attribute_draws, draws)
+        self.alignment, self.batch_size, self.seed = alignment, batch_size, seed
+
+    def run(
+        self,
+        anonymize: Anonymize,
+        loader: Iterable[FaceBatch],
+        system_identity_names: Collection[str],
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+    ) -> Report:
+        """Anonymize, measure, compare.
+
+        Args:
+            anonymize: `(batch on device, draw) -> (B,3,H,W) in [-1,1]`.
+            loader: batches of people that were not trained on.
+            system_identity_names: names or sha256 of the recognisers that conditioned or trained the system.
+            device: of the batches given to `anonymize`, and of the judge.
+            progress: a bar on a terminal.
+        Raises:
+            JudgeError: the judge is one of the system's recognisers (before anything is computed).
+            EvaluationError: fewer than two people.
+        """
+        scorers = self._scorers(device)
+        refuse_own_judge(scorers.judge.name, scorers.judge.sha256, system_identity_names)
+        photos = self.collect(loader)
+        people = photos.identity.numpy()
+        methods: dict[str, tuple[Anonymize, int]] = {"anonymized": (anonymize, self.draws)}
+        for name, reference in build_references(self.references, photos, self.alignment, self.seed).items():
+            methods[name] = (reference, reference.draws or self.draws)
+
+        originals = scorers.measure(photos.image)
+        thresholds = [
+            protocols.threshold_at(protocols.impostor_scores(originals.embedding, people), fpr) for fpr in self.fpr
+        ]
+        spread = np.nanstd(originals.table(EXPRESSION), axis=0)
+        rows, seconds = {}, 0.0
+        for name, draws, images, spent in self._outputs(methods, photos, device, progress):
+            seconds += spent if name == "anonymized" else 0.0
+            measured = [scorers.measure(images[k], attributes=k < self.attribute_draws) for k in range(draws)]
+            rows[name] = self._row(photos, images, measured, originals, thresholds, spread)
+        counts = Counter(people.tolist())
+        report = Report(
+            rows=rows,
+            thresholds=thresholds,
+            judge={key: str(getattr(scorers.judge, key)) for key in ("name", "sha256", "licence")},
+            people=len(counts),
+            photos=len(photos),
+            draws=self.draws,
+            gallery=len(photos),
+            chance_top1=float(np.mean([counts[person] for person in people.tolist()]) / len(photos)),
+            spread=dict(zip(EXPRESSION, spread.tolist(), strict=True)),
+            settings={
+                "detection_threshold": self.detection_threshold,
+                "alignment": self.alignment,
+                "photos_per_person": self.photos_per_person,
+                "attribute_draws": self.attribute_draws,
+                "seed": self.seed,
+            },
+            cost_ms={"anonymizer": 1000 * seconds / (self.draws * len(photos)), **scorers.cost()},
+        )
+        report.notes = self._notes(report, originals, counts)
+        return report
+
+    def collect(self, loader: Iterable[FaceBatch]) -> FaceBatch:
+        """The photos that are evaluated, on the CPU, in the loader's order: within `limit` and `photos_per_person`.
+
+        Raises:
+            EvaluationError: fewer than two people.
+        """
+        taken: Counter[int] = Counter()
+        parts, total = [], 0
+        for batch in loader:
+            rows = []
+            for row, person in enumerate(batch.identity.tolist()):
+                if taken[person] < self.photos_per_person and (self.limit is None or total < self.limit):
+                    taken[person] += 1
+                    total += 1
+                    rows.append(row)
+            if rows:
+                parts.append(batch.to("cpu").select(rows))
+            if self.limit is not None and total >= self.limit:
+                break
+        if len(taken) < 2:
+            raise EvaluationError(
+                f"{len(taken)} people to evaluate: verification needs at least two; choose a larger split or limit"
+            )
+        return FaceBatch.concatenate(parts)
+
+    def _scorers(self, device: str | torch.device) -> Scorers:
+        from anonfw.attributes import Attributes
+        from anonfw.detect import Detector
+        from anonfw.identity.base import OnnxRecognizer
+
+        judge = self.judge
+        if isinstance(judge, str):
+            judge = SessionRecognizer(judge) if torch.device(device).type == "cpu" else OnnxRecognizer(judge)
+        return Scorers(
+            judge,
+            self.detector or Detector(),
+            self.attributes or Attributes(),
+            self.alignment,
+            self.detection_threshold,
+            self.batch_size,
+            device,
+        )
+
+    @torch.inference_mode()
+    def _outputs(self, methods: dict, photos: FaceBatch, device: str | torch.device, progress: bool):
+        """Yields name, draws, (K,N,3,H,W) uint8 images, seconds that the method took."""
+        from tqdm import tqdm
+
+        steps = sum(draws for _, draws in methods.values()) * len(photos)
+        with tqdm(total=steps, desc="evaluate", unit="image", disable=None if progress else True) as bar:
+            for name, (method, draws) in methods.items():
+                bar.set_postfix_str(name)
+                images = torch.empty((draws, *photos.image.shape), dtype=torch.uint8)
+                spent = 0.0
+                for draw in range(draws):
+                    for start in range(0, len(photos), self.batch_size):
+                        batch = photos.select(slice(start, start + self.batch_size)).to(device)
+                        begin = time.perf_counter()
+                        out = to_uint8(method(batch, draw)).cpu()
+                        spent += time.perf_counter() - begin
+                        images[draw, start : start + len(batch)] = out
+                        bar.update(len(batch))
+                yield name, draws, images, spent
+
+    def _row(
+        self,
+        photos: FaceBatch,
+        images: Tensor,
+        measured: list[Measured],
+        originals: Measured,
+        thresholds: list[protocols.Threshold],
+        spread: np.ndarray,
+    ) -> dict[str, Estimate]:
+        """Every measure of one method. `images` (K,N,3,H,W), one Measured a draw."""
+        people, gallery = photos.identity.numpy(), originals.embedding
+        source = np.tile(np.arange(len(people)), len(measured))
+        person = people[source]
+        embeddings = np.stack([m.embedding for m in measured])
+        queries = embeddings.reshape(len(source), -1)
+        own = protocols.source_scores(queries, source, gallery)
+        other, other_row = protocols.other_scores(queries, source, gallery, people)
+        row = {}
+        for threshold in thresholds:
+            label = rate_label(threshold.fpr)
+            row[f"tpr_source@{label}"] = rate_interval(own > threshold.value, person, self.seed)
+            row[f"tpr_other@{label}"] = rate_interval(other > threshold.value, person[other_row], self.seed)
+        for rank in (1, 5):
+            for name, with_source in (("source", True), ("other", False)):
+                hits = protocols.retrieval_hits(queries, source, gallery, people, with_source, rank)
+                row[f"top{rank}_{name}"] = rate_interval(hits, person, self.seed)
+        row["cosine_source"] = mean_interval(own, person, self.seed)
+        row["cosine_other"] = mean_interval(other, person[other_row], self.seed)
+        row["diversity"] = mean_interval(protocols.pairwise_diversity(embeddings), people, self.seed)
+        row["detected"] = rate_interval(np.concatenate([m.detected for m in measured]), person, self.seed)
+        some = measured[: self.attribute_draws]
+        turned, moved = originals.table(POSE), originals.table(EXPRESSION)
+        pose = [protocols.rotation_angle(m.table(POSE), turned) for m in some]
+        expression = [protocols.expression_error(m.table(EXPRESSION), moved, spread) for m in some]
+        row["pose_error"] = mean_interval(np.concatenate(pose), np.tile(people, len(some)), self.seed)
+        row["expression_error"] = mean_interval(np.concatenate(expression), np.tile(people, len(some)), self.seed)
+        outside = ~protocols.face_ellipse(images.shape[-1], self.alignment)
+        distance = [protocols.masked_distance(draw.numpy(), photos.image.numpy(), outside) for draw in images]
+        row["outside_distance"] = mean_interval(np.concatenate(distance), person, self.seed)
+        return row
+
+    def _notes(self, report: Report, originals: Measured, counts: Counter) -> list[str]:
+        with_face = ", ".join(f"{name} {row['pose_error'].n}" for name, row in report.rows.items())
+        spread = ", ".join(f"{name} {value:.3f}" for name, value in report.spread.items())
+        notes = [
+            "identity is measured in the fixed aligned crop, whether or not a face is detected",
+            f"pose and expression: outputs with a face, {self.attribute_draws} draw(s): {with_face}",
+            f"1 sd of expression: {spread}",
+        ]
+        unseen = int((~originals.detected).sum())
+        if unseen:
+            notes.append(f"no face is detected in {unseen} originals; they have no pose and expression to compare")
+        alone = sum(count == 1 for count in counts.values())
+        if alone:
+            notes.append(f"{alone} people have one photo only and are not in the 'other photo' columns")
+        return notes
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(…) floats in [-1,1] to uint8 as they would be written to a file; what lies outside is clamped.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError("the anonymizer returned values that are not finite")
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, grid_rows: int = 6) -> Report:
+    """Evaluate a trained system as its recipe says, and write table and sample grid into `folder`.
+
+    Args:
+        system: a `System` on its device, with its averaged weights; put into eval mode here.
+        recipe: with the sections `evaluate` and `data.test`.
+        folder: gets table.{txt,md,csv,json} and grid.png.
+        grid_rows: photos in the grid, each of another person as far as there are so many.
+    """
+    from anonfw.evaluate.grid import sample_grid
+    from anonfw.evaluate.report import write_atomically
+    from anonfw.recipe import build
+
+    evaluation, loader = build(recipe["evaluate"]), build(recipe["data"]["test"])
+    loader = loader() if callable(loader) else loader
+    was_training = system.training
+    system.eval()
+    try:
+        report = evaluation.run(system.anonymize, loader, system.recognizer_names(), device=system.device)
+        photos = evaluation.collect(loader)
+        png = sample_grid(system, photos.select(first_of_each_person(photos, grid_rows)))
+    finally:
+        system.train(was_training)
+    report.save(folder)
+    write_atomically(Path(folder) / "grid.png", png)
+    return report
+
+
+def first_of_each_person(photos: FaceBatch, count: int) -> list[int]:
+    """Rows of the first photo of `count` people; of further photos where there are fewer people."""
+    _, first = np.unique(photos.identity.numpy(), return_index=True)
+    rows = sorted(first.tolist())
+    return (rows + [row for row in range(len(photos)) if row not in set(rows)])[:count]

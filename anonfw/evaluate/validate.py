@@ -1,0 +1,35 @@
+"""The verb `validate`: measure a trained system on people it has never seen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m anonfw validate`."""
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder (its last checkpoint) or a .ckpt file")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="a dotted key of the run's recipe and a YAML value: evaluate.limit=200, data.test.dataset=path/to/lfw",
+    )
+    parser.add_argument("--out", type=Path, help="folder for the table and the grid (default: validate/ in the run)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table and the paths of table and sample grid."""
+    from anonfw.evaluate.evaluation import evaluate_system
+    from anonfw.training import load_system
+
+    system, recipe = load_system(args.run, args.overrides)
+    place = Path(args.run)
+    folder = args.out or (place if place.is_dir() else place.parent) / "validate"
+    report = evaluate_system(system, recipe, folder)
+    print(report.text())
+    cost = ", ".join(f"{name} {ms:.1f}" for name, ms in report.cost_ms.items())
+    print(f"milliseconds per image: {cost}")
+    print(f"table  {folder / 'table.txt'} (.md .csv .json)")
+    print(f"grid   {folder / 'grid.png'}")
+    return 0
