@@ -144,6 +144,7 @@ class DatasetWriter:
             if old != new:
                 raise DataError(f"{self.out} is a data set with {what} {old!r}, not {new!r}. Choose another folder.")
         self.card.shards, self.card.complete = before.shards, before.complete
+        self.card.about = {**before.about, **self.card.about}
         for shard in before.shards:
             index = open_index(self.out / shard.file, shard)
             self._keys.update(index.key.tolist())
