@@ -2,8 +2,11 @@
 
 PYTHON ?= python3
 RECIPE ?= recipes/id2face.yaml
-JOBS ?= 2
+# Test processes: one a core, at most 8, because each holds torch in memory.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -24,7 +27,9 @@ $(STAMP): pyproject.toml
 		{ echo "anonfw needs Python 3.11 or newer, and $(PYTHON) is older: make setup PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into .venv (a few gigabytes; a minute or two, longer on a slow network)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -e '.[dev]' | awk '\
+		/^Collecting/ && ++n % 20 == 0 { print "  " n " packages found"; fflush() } \
+		/^Installing collected/ { print "  installing them"; fflush() }'
 	@touch $@
 	@echo "installed: $$($(BIN)/python -c 'import importlib.metadata as m; print("anonfw", m.version("anonfw"), "with torch", m.version("torch"))')"
 

@@ -48,7 +48,7 @@ VERBS = {
     "embed": Verb(
         "anonfw.data.sidecars",
         "compute a data set's identity embeddings once and keep them beside its shards",
-        "python -m anonfw embed path/to/dataset --recogniser arcface_mbf",
+        "python -m anonfw embed path/to/dataset --encoder arcface_mbf",
     ),
     "export": Verb(
         "anonfw.export",
