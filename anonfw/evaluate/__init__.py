@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anonfw.evaluate.evaluation import Evaluation, evaluate_system
+    from anonfw.evaluate.evaluation import Evaluation
     from anonfw.evaluate.grid import contact_sheet, sample_grid
     from anonfw.evaluate.intervals import Estimate
     from anonfw.evaluate.report import Report
     from anonfw.evaluate.scorers import JudgeError, Scorers
+    from anonfw.evaluate.validate import evaluate_system
 
 _HOME = {
     "Estimate": "intervals",
@@ -22,7 +23,7 @@ _HOME = {
     "Report": "report",
     "Scorers": "scorers",
     "contact_sheet": "grid",
-    "evaluate_system": "evaluation",
+    "evaluate_system": "validate",
     "sample_grid": "grid",
 }
 

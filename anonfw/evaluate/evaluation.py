@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -265,38 +264,3 @@ def to_uint8(images: Tensor) -> Tensor:
     if not torch.isfinite(images).all():
         raise ValueError("the anonymizer returned values that are not finite")
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
-def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, grid_rows: int = 6) -> Report:
-    """Evaluate a trained system as its recipe says, and write table and sample grid into `folder`.
-
-    Args:
-        system: a `System` on its device, with its averaged weights; put into eval mode here.
-        recipe: with the sections `evaluate` and `data.test`.
-        folder: gets table.{txt,md,csv,json} and grid.png.
-        grid_rows: photos in the grid, each of another person as far as there are so many.
-    """
-    from anonfw.evaluate.grid import sample_grid
-    from anonfw.evaluate.report import write_atomically
-    from anonfw.recipe import build
-
-    evaluation, loader = build(recipe["evaluate"]), build(recipe["data"]["test"])
-    loader = loader() if callable(loader) else loader
-    was_training = system.training
-    system.eval()
-    try:
-        report = evaluation.run(system.anonymize, loader, system.recognizer_names(), device=system.device)
-        photos = evaluation.collect(loader)
-        png = sample_grid(system, photos.select(first_of_each_person(photos, grid_rows)))
-    finally:
-        system.train(was_training)
-    report.save(folder)
-    write_atomically(Path(folder) / "grid.png", png)
-    return report
-
-
-def first_of_each_person(photos: FaceBatch, count: int) -> list[int]:
-    """Rows of the first photo of `count` people; of further photos where there are fewer people."""
-    _, first = np.unique(photos.identity.numpy(), return_index=True)
-    rows = sorted(first.tolist())
-    return (rows + [row for row in range(len(photos)) if row not in set(rows)])[:count]

@@ -6,12 +6,11 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from anonfw.data.files import atomic
 from anonfw.evaluate.intervals import LEVEL, Estimate
 from anonfw.evaluate.protocols import Threshold
 
@@ -29,7 +28,7 @@ class Column:
     """One measure of the table.
 
     Attributes:
-        key: in a row. heading: two lines. decimals: shown in the terminal.
+        key: in a row. heading: two lines. decimals, end_decimals: of the value and of its interval's ends in text.
         percent: a rate, shown as a percentage (files keep the fraction).
         trivial_for_original: for the row "original" it would compare a photo with itself.
     """
@@ -37,6 +36,7 @@ class Column:
     key: str
     heading: tuple[str, str]
     decimals: int = 1
+    end_decimals: int = 1
     percent: bool = False
     trivial_for_original: bool = False
 
@@ -47,20 +47,20 @@ def privacy_columns(fprs: list[float]) -> list[Column]:
     for attack, words, trivial in (("source", "own photo", True), ("other", "other photo", False)):
         for fpr in fprs:
             label = rate_label(fpr)
-            columns.append(Column(f"tpr_{attack}@{label}", (f"TPR % @{label}", words), 1, True, trivial))
-        columns.append(Column(f"top1_{attack}", ("top-1 %", words), 1, True, trivial))
+            columns.append(Column(f"tpr_{attack}@{label}", (f"TPR % @{label}", words), 1, 1, True, trivial))
+        columns.append(Column(f"top1_{attack}", ("top-1 %", words), 1, 1, True, trivial))
     return columns
 
 
 def utility_columns() -> list[Column]:
     """What is kept, and how different several anonymizations of one photo are."""
     return [
-        Column("cosine_source", ("cosine to", "own photo"), 3, trivial_for_original=True),
-        Column("diversity", ("identity", "diversity"), 2),
-        Column("detected", ("face", "detected %"), 1, percent=True),
-        Column("pose_error", ("pose", "error deg"), 1, trivial_for_original=True),
+        Column("cosine_source", ("cosine to", "own photo"), 2, 2, trivial_for_original=True),
+        Column("diversity", ("identity", "diversity"), 2, 2),
+        Column("detected", ("face", "detected %"), percent=True),
+        Column("pose_error", ("pose", "error deg"), trivial_for_original=True),
         Column("expression_error", ("expression", "error sd"), 2, trivial_for_original=True),
-        Column("outside_distance", ("outside the", "face 0..255"), 1, trivial_for_original=True),
+        Column("outside_distance", ("outside the", "face 0..255"), trivial_for_original=True),
     ]
 
 
@@ -171,23 +171,9 @@ class Report:
         Path(folder).mkdir(parents=True, exist_ok=True)
         paths = {kind: Path(folder) / f"table.{kind}" for kind in contents}
         for kind, path in paths.items():
-            write_atomically(path, contents[kind].encode())
+            with atomic(path) as stream:
+                stream.write(contents[kind].encode())
         return paths
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` in one step: a reader sees the old file or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _plain(value: object) -> object:
@@ -213,10 +199,10 @@ def _cell(estimate: Estimate | None, column: Column, row: str) -> str:
     if estimate is None or math.isnan(estimate.value):
         return "-"
     scale = 100.0 if column.percent else 1.0
-    value = f"{scale * estimate.value:.{column.decimals}f}"
+    value = f"{scale * estimate.value:.{column.decimals}f}".replace("100.0", "100")
     if math.isnan(estimate.low):
         return value
-    ends = [_end(scale * end, min(column.decimals, 2)) for end in (estimate.low, estimate.high)]
+    ends = [_end(scale * end, column.end_decimals) for end in (estimate.low, estimate.high)]
     return f"{value} [{','.join(ends)}]"
 
 
