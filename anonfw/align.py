@@ -1,0 +1,126 @@
+"""Where a face stands in its crop: five-point templates, the similarity that maps onto them, and warps.
+
+Two crops are used everywhere. `arcface` is the recognisers' crop (112 px, insightface's template). `portrait` is the
+generators' crop: the same template shrunk to 0.8 and moved, so that forehead, chin and some surroundings are inside.
+Both come from one similarity fit, so the arcface crop is a fixed window of the portrait crop (`arcface_window`) and an
+aligned data set needs no landmarks to be recognised.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# insightface's arcface_dst: eyes, nose tip, mouth corners in a 112 x 112 crop (pixel centres).
+ARCFACE_TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
+)
+PORTRAIT_SCALE = 0.8
+PORTRAIT_OFFSET = np.array([11.2, 9.0])
+ALIGNMENTS = ("arcface", "portrait")
+
+
+def template(alignment: str, size: int) -> np.ndarray:
+    """(5,2) target points, in pixels of a `size` x `size` crop.
+
+    Raises:
+        ValueError: unknown alignment.
+    """
+    if alignment == "arcface":
+        points = ARCFACE_TEMPLATE
+    elif alignment == "portrait":
+        points = ARCFACE_TEMPLATE * PORTRAIT_SCALE + PORTRAIT_OFFSET
+    else:
+        raise ValueError(f"unknown alignment {alignment!r}; there are {', '.join(ALIGNMENTS)}")
+    return points * (size / 112.0)
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least-squares similarity (rotation, one scale, shift) that maps `source` onto `target`: Umeyama 1991.
+
+    Args:
+        source, target: (K,2) points.
+    Returns:
+        (2,3) matrix M with target ~ M @ [x, y, 1].
+    Raises:
+        ValueError: the source points coincide.
+    """
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    mean_s, mean_t = source.mean(0), target.mean(0)
+    s, t = source - mean_s, target - mean_t
+    variance = (s**2).sum() / len(s)
+    if not np.isfinite(variance) or variance < 1e-12:
+        raise ValueError("landmarks coincide or are not finite: no similarity can be fitted")
+    u, d, vt = np.linalg.svd(t.T @ s / len(s))
+    sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt)) or 1.0])
+    rotation = u @ np.diag(sign) @ vt
+    scale = (d * sign).sum() / variance
+    return np.concatenate([scale * rotation, (mean_t - scale * rotation @ mean_s)[:, None]], axis=1)
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: int, border: str = "reflect") -> np.ndarray:
+    """Crop of `size` x `size` under the (2,3) `matrix` (source pixels -> crop pixels). (h,w,3) uint8 in and out.
+
+    Shrinking by more than 1.5 is antialiased with a Gaussian first: bilinear sampling alone would alias.
+    """
+    import cv2
+
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
+    if scale < 1 / 1.5:
+        image = cv2.GaussianBlur(image, (0, 0), 0.45 / scale)
+    mode = {"reflect": cv2.BORDER_REFLECT_101, "constant": cv2.BORDER_CONSTANT}[border]
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=mode)
+
+
+def transform_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(...,2) points under a (2,3) matrix."""
+    return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def arcface_window(size: int) -> tuple[float, float, float]:
+    """(x, y, side) in pixels of the window of a `portrait` crop of `size` px that is the arcface crop."""
+    unit = size / 112.0
+    return PORTRAIT_OFFSET[0] * unit, PORTRAIT_OFFSET[1] * unit, PORTRAIT_SCALE * size
+
+
+def window_to_arcface(images: Tensor, alignment: str, out: int = 112) -> Tensor:
+    """Aligned images to the recognisers' crop, differentiably: (B,3,S,S) in [-1,1] -> (B,3,out,out).
+
+    Raises:
+        ValueError: unknown alignment.
+    """
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"unknown alignment {alignment!r}; there are {', '.join(ALIGNMENTS)}")
+    if alignment == "arcface":
+        if images.shape[-1] == out:
+            return images
+        return F.interpolate(images, (out, out), mode="bilinear", align_corners=False, antialias=True)
+    size = images.shape[-1]
+    x, y, side = arcface_window(size)
+    # Pixel centres of the crop, mapped to the source and to grid_sample's [-1,1].
+    steps = (torch.arange(out, device=images.device, dtype=torch.float32)) * (side / out)
+    grid_x, grid_y = (x + steps + 0.5) * 2 / size - 1, (y + steps + 0.5) * 2 / size - 1
+    grid = torch.stack(torch.meshgrid(grid_x, grid_y, indexing="xy"), -1)
+    grid = grid.expand(images.shape[0], -1, -1, -1).to(images.dtype)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def warp_batch(images: Tensor, matrices: Tensor, out: int) -> Tensor:
+    """Differentiable crops under one similarity each: (B,3,h,w), (B,2,3) source pixels -> crop pixels -> (B,3,out,out).
+
+    Pixel (i,j) is the centre of the pixel, as in `warp`.
+    """
+    b, _, h, w = images.shape
+    full = torch.zeros(b, 3, 3, device=images.device, dtype=torch.float32)
+    full[:, :2] = matrices.to(torch.float32)
+    full[:, 2, 2] = 1
+    inverse = torch.linalg.inv(full)[:, :2]
+    steps = torch.arange(out, device=images.device, dtype=torch.float32)
+    xs, ys = torch.meshgrid(steps, steps, indexing="xy")
+    points = torch.stack([xs, ys, torch.ones_like(xs)], -1).reshape(-1, 3)
+    source = (points @ inverse.transpose(1, 2)).reshape(b, out, out, 2)
+    scale = torch.tensor([2.0 / w, 2.0 / h], device=images.device)
+    grid = (source + 0.5) * scale - 1
+    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False)

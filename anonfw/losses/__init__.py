@@ -1,0 +1,1 @@
+"""One file a loss: `(StepOut, FaceBatch) -> (B,)`."""

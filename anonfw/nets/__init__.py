@@ -1,0 +1,1 @@
+"""Plain `nn.Module`s: no Lightning, no losses, no randomness of their own."""

@@ -1,0 +1,1 @@
+"""One file a system: its step reads top to bottom (condition, corrupt, predict)."""

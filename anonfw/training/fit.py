@@ -1,0 +1,158 @@
+"""The verb `fit`: recipe -> run folder -> training -> averaged weights -> result table."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anonfw import recipe as recipes
+from anonfw.errors import AnonfwError
+
+# What says where a run lies and how it is begun, not what is trained: equal runs may differ in these.
+PLACE = ("run", "resume")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m anonfw fit`."""
+    recipes.add_arguments(parser)
+    parser.add_argument("--new", action="store_true", help="start a new run even if an unfinished one could be continued")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or continues the unfinished run of the same recipe: repeating a command resumes it."""
+    recipe = recipes.read(args.recipe, args.overrides)
+    folder, checkpoint = open_run(recipe, new=args.new)
+    fit(recipe, folder, checkpoint)
+    return 0
+
+
+def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to continue from or None).
+
+    `run=FOLDER` continues or creates exactly that folder. Otherwise the newest unfinished run of an equal recipe is
+    continued; with `resume=auto` there must be one.
+    """
+    from anonfw.training import runs
+
+    text = recipes.dump({key: value for key, value in recipe.items() if key not in PLACE})
+    if recipe.get("run"):
+        folder = Path(recipe["run"])
+        if not (folder / "run.json").exists():
+            return runs.create(recipe.name, text, folder=folder), None
+        if (folder / "recipe.yaml").read_text() != text:
+            raise AnonfwError(f"{folder} holds a run of another recipe (compare {folder / 'recipe.yaml'}); name another folder")
+        if (folder / "finished.json").exists():
+            raise AnonfwError(f"the run in {folder} has finished; look at it with `python -m anonfw validate {folder}`")
+    else:
+        folder = None if new else runs.find_unfinished(recipe.name, runs.fingerprint(text))
+        if folder is None:
+            if recipe.get("resume") == "auto":
+                raise AnonfwError(f"resume=auto: no unfinished run of this recipe in {runs.ROOT / recipe.name}")
+            return runs.create(recipe.name, text), None
+    checkpoint = runs.newest(folder)
+    print(f"continuing {folder} " + (f"from {checkpoint.name}" if checkpoint else "from its start"), flush=True)
+    return folder, checkpoint
+
+
+def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> None:
+    """Trains in `folder` and ends with the result table. `checkpoint` continues bitwise where it was written."""
+    import lightning
+    import torch
+
+    from anonfw.training import runs
+    from anonfw.training.load import build_system, load_weights
+
+    started = time.time()
+    quiet()
+    if not torch.cuda.is_available():
+        # On CPUs the fused attention's backward pass is slower than two matrix products at these sizes.
+        torch.backends.cuda.enable_flash_sdp(False)
+    print(f"run folder {folder}", flush=True)
+    seed = recipe.get("seed", 0)
+    system = build_system(recipe)
+    if recipe.get("init"):
+        load_weights(system, recipe["init"])
+    loaders = {
+        name: recipes.build(node)(seed=seed, bad_samples_file=folder / "bad_samples.jsonl")
+        for name, node in recipe["data"].items()
+        if node is not None and name != "test"
+    }
+    callbacks, loggers = built(recipe.get("callbacks"), folder), built(recipe.get("loggers"), folder)
+    if checkpoint is not None:
+        step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        for logger in loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(step)
+    node = dict(recipe["trainer"])
+    if node.get("precision") is None:
+        node["precision"] = best_precision()
+    trainer: lightning.Trainer = recipes.build(
+        node, callbacks=callbacks, logger=loggers, default_root_dir=folder, enable_model_summary=False
+    )
+    trainer.fit(
+        system, loaders["train"], loaders.get("validate"), ckpt_path=checkpoint and str(checkpoint), weights_only=True
+    )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    save_average(trainer, system, folder)
+    if trainer.is_global_zero and recipe.get("evaluate") is not None:
+        report(system, recipe, folder, started)
+    runs.finish(folder, time.time() - started)
+
+
+def built(nodes: Mapping[str, Any] | None, folder: Path) -> list:
+    """What the nodes describe; a partial one wants to know the run folder."""
+    made = [recipes.build(node) for node in (nodes or {}).values() if node is not None]
+    return [part(folder=folder) if isinstance(part, functools.partial) else part for part in made]
+
+
+def best_precision() -> str:
+    """bf16-mixed where the device computes it natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else 32-true."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def save_average(trainer: Any, system: Any, folder: Path) -> None:
+    """`model.safetensors`: the trained parameters, averaged where the run averages; they stay in `system`."""
+    from safetensors.torch import save
+
+    from anonfw.data.files import atomic
+    from anonfw.training.ema import EMA
+
+    trained = {name: p for name, p in system.named_parameters() if p.requires_grad}
+    for callback in trainer.callbacks:
+        if isinstance(callback, EMA):
+            for name, mean in callback.average.items():
+                trained[name].data.copy_(mean)
+    if trainer.is_global_zero:
+        with atomic(folder / "model.safetensors") as file:
+            file.write(save({name: p.detach().cpu().contiguous() for name, p in trained.items()}))
+
+
+def report(system: Any, recipe: Mapping[str, Any], folder: Path, started: float) -> None:
+    from anonfw.evaluate.evaluation import evaluate_system
+
+    table = evaluate_system(system.eval(), recipe, folder)
+    print(table.text())
+    print(f"\ntable  {folder / 'table.txt'} (.md .csv .json)\ngrid   {folder / 'grid.png'}")
+    print(f"took   {(time.time() - started) / 60:.1f} minutes", flush=True)
+
+
+def quiet() -> None:
+    """Lightning's hints about things that a recipe decides (workers, logger defaults) are not for our users."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -1,0 +1,89 @@
+"""From files back to a system: checkpoints, exported weights and the bases that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anonfw import recipe as recipes
+from anonfw.errors import AnonfwError
+from anonfw.training import runs
+
+BASES = Path(__file__).parent.parent / "bases"
+
+
+def build_system(recipe: Mapping[str, Any]) -> Any:
+    """The recipe's system with freshly drawn parameters, which are a function of its seed alone."""
+    seed = recipe.get("seed", 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return recipes.build(recipe["system"], seed=seed)
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """Trained parameters by name, float32: of a checkpoint (its average), a safetensors file or a base's name.
+
+    Raises:
+        AnonfwError: no such file or base, or a checkpoint that is not one of this project's.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(source)
+    if not path.suffix:
+        path = BASES / f"{source}.safetensors"
+    if not path.exists():
+        there = ", ".join(sorted(base.stem for base in BASES.glob("*.safetensors"))) or "none"
+        raise AnonfwError(f"init: no weights at {path}; give a .safetensors or .ckpt file, or a base ({there}), or null")
+    if path.suffix == ".safetensors":
+        return {name: value.float() for name, value in load_file(path).items()}
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "state_dict" not in checkpoint or "callbacks" not in checkpoint:
+        raise AnonfwError(f"{path} is no checkpoint of a run")
+    averages = [state["average"] for state in checkpoint["callbacks"].values() if "average" in state]
+    return averages[0] if averages else checkpoint["state_dict"]
+
+
+def load_weights(system: Any, source: str | Path) -> None:
+    """Copies trained parameters into a system.
+
+    Raises:
+        AnonfwError: a parameter is missing, left over or of another shape; nothing has been copied then.
+    """
+    weights = read_weights(source)
+    parameters = {name: p for name, p in system.named_parameters() if p.requires_grad}
+    missing, extra = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+    shapes = [n for n in parameters.keys() & weights.keys() if parameters[n].shape != weights[n].shape]
+    if missing or extra or shapes:
+        first = (missing or extra or sorted(shapes))[0]
+        raise AnonfwError(
+            f"{source} does not fit this recipe's network: {len(missing)} parameters missing, {len(extra)} left over, "
+            f"{len(shapes)} of another shape (first: {first}). Change the network back, or start from scratch: init=null"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def load_system(place: str | Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(system with averaged weights, its recipe) of a run folder or of a checkpoint inside one.
+
+    Raises:
+        AnonfwError: no run there. RecipeError: the overrides do not fit the run's recipe.
+    """
+    place = Path(place)
+    folder = place if place.is_dir() else next((p for p in place.parents if (p / "recipe.yaml").exists()), place.parent)
+    if not (folder / "recipe.yaml").exists():
+        raise AnonfwError(f"{place} is no run folder: there is no recipe.yaml in it")
+    weights = place if place.is_file() else folder / "model.safetensors"
+    if not weights.exists():
+        weights = runs.newest(folder)
+        if weights is None:
+            raise AnonfwError(f"{folder} has no weights yet: it was stopped before its first checkpoint")
+    recipe = recipes.read(folder / "recipe.yaml", list(overrides))
+    system = build_system(recipe)
+    load_weights(system, weights)
+    return system.eval(), recipe

@@ -1,0 +1,101 @@
+"""Run folders: `runs/<recipe>/<time>/` with the resolved recipe, the commit, checkpoints, logs and results.
+
+    recipe.yaml           the recipe as it was resolved
+    run.json              command, commit, versions, fingerprint of the recipe
+    checkpoints/last.ckpt (and others, by the recipe's checkpoint callback)
+    metrics.jsonl  grid/  model.safetensors  table.*  finished.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from anonfw import __version__
+from anonfw.data.files import atomic, write_json
+from anonfw.errors import AnonfwError
+
+ROOT = Path("runs")
+
+
+def fingerprint(recipe_yaml: str) -> str:
+    """Equal for recipes that resolve to the same text."""
+    return hashlib.sha256(recipe_yaml.encode()).hexdigest()[:16]
+
+
+def find_unfinished(name: str, mark: str, root: Path = ROOT) -> Path | None:
+    """The newest folder of that recipe and fingerprint which has not finished; None if there is none."""
+    found = []
+    for info in (root / name).glob("*/run.json"):
+        record = json.loads(info.read_text())
+        if record["fingerprint"] == mark and not (info.parent / "finished.json").exists():
+            found.append((record["started"], info.parent))
+    return max(found)[1] if found else None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest readable checkpoint of a run folder: `last.ckpt`, else the one with the most steps."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        return last
+    others = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return others[-1] if others else None
+
+
+def create(name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None) -> Path:
+    """A new run folder; the time in its name is UTC, and a number follows where two runs start in one second.
+
+    Raises:
+        AnonfwError: `folder` was given and holds something else already.
+    """
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.gmtime())
+    if folder is not None:
+        if folder.exists() and any(folder.iterdir()):
+            raise AnonfwError(f"{folder} is not empty and holds no run; name another folder (run=FOLDER)")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        number = 1
+        while True:
+            folder = root / name / (stamp if number == 1 else f"{stamp}_{number}")
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+    (folder / "checkpoints").mkdir()
+    with atomic(folder / "recipe.yaml") as file:
+        file.write(recipe_yaml.encode())
+    record = {
+        "name": name,
+        "started": time.time_ns(),
+        "time": stamp,
+        "command": ["python", "-m", "anonfw", *sys.argv[1:]],
+        "commit": commit(),
+        "anonfw": __version__,
+        "fingerprint": fingerprint(recipe_yaml),
+    }
+    write_json(folder / "run.json", record)
+    return folder
+
+
+def commit() -> str | None:
+    """The commit of the source tree that runs, `+` behind it when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def finish(folder: Path, seconds: float) -> None:
+    """Marks the run as finished: the same command starts a new one from now on."""
+    write_json(folder / "finished.json", {"seconds": round(seconds, 1), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
