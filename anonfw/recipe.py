@@ -41,7 +41,7 @@ SECTIONS = {
     "seed": Section("value", "seed of every random draw", int),
     "init": Section("value", "weights to start from: a file or a base's name; null is from scratch", str | None),
     "run": Section("value", "run folder to continue", str | None),
-    "resume": Section("value", "auto continues the last run of this recipe, never starts a new one", str | None),
+    "resume": Section("value", "auto demands an unfinished run of this recipe", Literal["auto"] | None),
     "system": Section("node", "what is trained"),
     "data": Section("nodes", "partial loaders", names=("train", "validate", "test")),
     "trainer": Section("node", "lightning.Trainer"),

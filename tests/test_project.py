@@ -22,9 +22,6 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STEP_LINES, RECIPE_LINES = 60, 100
 SYSTEM_LINES, BASE_LINES, FILE_LINES = 250, 150, 305
 
-# Files whose whole point is a number that no seed should change would stand here, with the reason. There are none.
-GLOBAL_RANDOMNESS_ALLOWED: dict[str, str] = {}
-
 TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
 TORCH_DRAWS_IN_PLACE = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 TORCH_LIKE = {"rand_like", "randn_like", "randint_like"}  # they take no generator
@@ -187,9 +184,17 @@ def test_doctor_asks_for_packages_that_are_dependencies():
 
 
 def global_draws(source: str) -> list[str]:
-    """`line: call` of each draw from a global random state, and of each seeding of one."""
+    """`line: call` of each draw from a global random state, and of each seeding of one.
+
+    Inside `with torch.random.fork_rng(...)` torch's state is a private one: layers draw their first weights from it.
+    """
     found = []
-    for name, call in calls(ast.parse(source)):
+    tree = ast.parse(source)
+    forks = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "fork_rng" in ast.dump(node.items[0])]
+    forked = {id(call) for fork in forks for name, call in calls(fork) if name.startswith(("torch.", "nn."))}
+    for name, call in calls(tree):
+        if id(call) in forked:
+            continue
         head, _, last = name.rpartition(".")
         keywords = {keyword.arg for keyword in call.keywords}
         bad = (
@@ -213,8 +218,6 @@ def global_draws(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_draws_from_a_global_random_state(path):
-    if name_of(path) in GLOBAL_RANDOMNESS_ALLOWED:
-        pytest.skip(GLOBAL_RANDOMNESS_ALLOWED[name_of(path)])
     assert global_draws(path.read_text(encoding="utf-8")) == [], "draw from a generator that the caller hands in"
 
 
@@ -235,6 +238,8 @@ def test_nothing_draws_from_a_global_random_state(path):
         ("random.shuffle(x)", True),
         ("rng.random(3)", False),
         ("lightning.seed_everything(1)", True),
+        ("with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)", False),
+        ("with torch.random.fork_rng(devices=[]):\n    pass\ntorch.manual_seed(0)", True),
     ],
 )
 def test_the_randomness_rule_itself(line, bad):
