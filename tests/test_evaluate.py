@@ -19,13 +19,12 @@ from PIL import Image
 from anonfw.batch import FaceBatch
 from anonfw.detect import Faces
 from anonfw.evaluate import protocols
-from anonfw.evaluate.evaluation import Evaluation, EvaluationError, to_uint8
-from anonfw.evaluate.grid import contact_sheet, first_of_each_person, sample_grid
+from anonfw.evaluate.evaluation import Evaluation, EvaluationError, evaluate_system, first_of_each_person, to_uint8
+from anonfw.evaluate.grid import contact_sheet, sample_grid
 from anonfw.evaluate.intervals import FEW_PEOPLE, Estimate, clopper_pearson, mean_interval, rate_interval
 from anonfw.evaluate.references import NAMES, RandomOtherFace, build_references
 from anonfw.evaluate.report import WIDTH
 from anonfw.evaluate.scorers import EXPRESSION, JudgeError, Scorers, SessionRecognizer
-from anonfw.evaluate.validate import evaluate_system
 from anonfw.identity import Recognizer
 
 SIZE = 112
@@ -535,6 +534,10 @@ class InvertingSystem(SimpleNamespace):
     def recognizer_names(self):
         return {"arcface_mbf"}
 
+    def to(self, device):
+        assert torch.device(device) == self.device
+        return self
+
     def train(self, mode=True):
         self.training = mode
 
@@ -595,7 +598,7 @@ def test_validate_prints_the_table(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(anonfw.training, "load_system", load_system, raising=False)
     parser = argparse.ArgumentParser()
     validate.add_arguments(parser)
-    assert validate.run(parser.parse_args([str(tmp_path), "evaluate.limit=6"])) == 0
+    assert validate.run(parser.parse_args(["--device", "cpu", str(tmp_path), "evaluate.limit=6"])) == 0
     printed = capsys.readouterr().out
     assert "2 people, 6 photos, 2 anonymizations of each; judge pattern_judge" in printed
     assert (tmp_path / "validate" / "grid.png").is_file()

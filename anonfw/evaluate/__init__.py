@@ -9,12 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anonfw.evaluate.evaluation import Evaluation
+    from anonfw.evaluate.evaluation import Evaluation, evaluate_system
     from anonfw.evaluate.grid import contact_sheet, sample_grid
     from anonfw.evaluate.intervals import Estimate
     from anonfw.evaluate.report import Report
     from anonfw.evaluate.scorers import JudgeError, Scorers
-    from anonfw.evaluate.validate import evaluate_system
 
 _HOME = {
     "Estimate": "intervals",
@@ -23,7 +22,7 @@ _HOME = {
     "Report": "report",
     "Scorers": "scorers",
     "contact_sheet": "grid",
-    "evaluate_system": "validate",
+    "evaluate_system": "evaluation",
     "sample_grid": "grid",
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from anonfw.batch import FaceBatch
+from anonfw.data.files import atomic
 from anonfw.errors import AnonfwError
 from anonfw.evaluate import protocols
-from anonfw.evaluate.intervals import Estimate, mean_interval, rate_interval
 from anonfw.evaluate.references import NAMES, build_references
-from anonfw.evaluate.report import Report, rate_label
-from anonfw.evaluate.scorers import EXPRESSION, POSE, Measured, Scorers, SessionRecognizer, refuse_own_judge
+from anonfw.evaluate.report import Report
+from anonfw.evaluate.rows import row_of
+from anonfw.evaluate.scorers import EXPRESSION, Measured, Scorers, SessionRecognizer, refuse_own_judge
 
 Anonymize = Callable[[FaceBatch, int], Tensor]
 
@@ -109,7 +111,7 @@ class Evaluation:
         for name, draws, images, spent in self._outputs(methods, photos, device, progress):
             seconds += spent if name == "anonymized" else 0.0
             measured = [scorers.measure(images[k], attributes=k < self.attribute_draws) for k in range(draws)]
-            rows[name] = self._row(photos, images, measured, originals, thresholds, spread)
+            rows[name] = row_of(photos, images, measured, originals, thresholds, spread, self.alignment, self.seed)
         counts = Counter(people.tolist())
         report = Report(
             rows=rows,
@@ -197,47 +199,6 @@ class Evaluation:
                         bar.update(len(batch))
                 yield name, draws, images, spent
 
-    def _row(
-        self,
-        photos: FaceBatch,
-        images: Tensor,
-        measured: list[Measured],
-        originals: Measured,
-        thresholds: list[protocols.Threshold],
-        spread: np.ndarray,
-    ) -> dict[str, Estimate]:
-        """Every measure of one method. `images` (K,N,3,H,W), one Measured a draw."""
-        people, gallery = photos.identity.numpy(), originals.embedding
-        source = np.tile(np.arange(len(people)), len(measured))
-        person = people[source]
-        embeddings = np.stack([m.embedding for m in measured])
-        queries = embeddings.reshape(len(source), -1)
-        own = protocols.source_scores(queries, source, gallery)
-        other, other_row = protocols.other_scores(queries, source, gallery, people)
-        row = {}
-        for threshold in thresholds:
-            label = rate_label(threshold.fpr)
-            row[f"tpr_source@{label}"] = rate_interval(own > threshold.value, person, self.seed)
-            row[f"tpr_other@{label}"] = rate_interval(other > threshold.value, person[other_row], self.seed)
-        for rank in (1, 5):
-            for name, with_source in (("source", True), ("other", False)):
-                hits = protocols.retrieval_hits(queries, source, gallery, people, with_source, rank)
-                row[f"top{rank}_{name}"] = rate_interval(hits, person, self.seed)
-        row["cosine_source"] = mean_interval(own, person, self.seed)
-        row["cosine_other"] = mean_interval(other, person[other_row], self.seed)
-        row["diversity"] = mean_interval(protocols.pairwise_diversity(embeddings), people, self.seed)
-        row["detected"] = rate_interval(np.concatenate([m.detected for m in measured]), person, self.seed)
-        some = measured[: self.attribute_draws]
-        turned, moved = originals.table(POSE), originals.table(EXPRESSION)
-        pose = [protocols.rotation_angle(m.table(POSE), turned) for m in some]
-        expression = [protocols.expression_error(m.table(EXPRESSION), moved, spread) for m in some]
-        row["pose_error"] = mean_interval(np.concatenate(pose), np.tile(people, len(some)), self.seed)
-        row["expression_error"] = mean_interval(np.concatenate(expression), np.tile(people, len(some)), self.seed)
-        outside = ~protocols.face_ellipse(images.shape[-1], self.alignment)
-        distance = [protocols.masked_distance(draw.numpy(), photos.image.numpy(), outside) for draw in images]
-        row["outside_distance"] = mean_interval(np.concatenate(distance), person, self.seed)
-        return row
-
     def _notes(self, report: Report, originals: Measured, counts: Counter) -> list[str]:
         with_face = ", ".join(f"{name} {row['pose_error'].n}" for name, row in report.rows.items())
         spread = ", ".join(f"{name} {value:.3f}" for name, value in report.spread.items())
@@ -264,3 +225,53 @@ def to_uint8(images: Tensor) -> Tensor:
     if not torch.isfinite(images).all():
         raise ValueError("the anonymizer returned values that are not finite")
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, grid_rows: int = 6) -> Report:
+    """Evaluate a trained system as its recipe says, and write table and sample grid into `folder`.
+
+    One process does it for all: the loader is asked for the whole split, in a fixed order.
+
+    Args:
+        system: a `System` on its device, with its averaged weights; in eval mode while this runs.
+        recipe: its section `evaluate` is an `Evaluation`, its `data.test` a partial `FaceLoader`.
+        folder: gets table.{txt,md,csv,json}, grid.png, and bad_samples.jsonl where a photo could not be read.
+        grid_rows: photos in the grid, each of another person as far as there are so many.
+    Raises:
+        EvaluationError: the recipe lacks one of the two sections, or states another crop than the data set's card.
+    """
+    from anonfw.evaluate.grid import sample_grid
+    from anonfw.recipe import build
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not recipe.get("evaluate") or not recipe.get("data", {}).get("test"):
+        raise EvaluationError("the recipe has no `evaluate` section or no `data.test`: there is nothing to measure on")
+    evaluation = build(recipe["evaluate"])
+    loader = build(recipe["data"]["test"])(
+        rank=0, world=1, shuffle=False, bad_samples_file=folder / "bad_samples.jsonl"
+    )
+    if (alignment := loader.table.card.alignment) != evaluation.alignment:
+        raise EvaluationError(f"the photos are {alignment} crops: evaluate them with evaluate.alignment={alignment}")
+    try:
+        photos = evaluation.collect(loader)
+    finally:
+        loader.close()
+    was_training = system.training
+    system.eval()
+    try:
+        report = evaluation.run(system.anonymize, [photos], system.recognizer_names(), device=system.device)
+        png = sample_grid(system, photos.select(first_of_each_person(photos, grid_rows)))
+    finally:
+        system.train(was_training)
+    report.save(folder)
+    with atomic(folder / "grid.png") as stream:
+        stream.write(png)
+    return report
+
+
+def first_of_each_person(photos: FaceBatch, count: int) -> list[int]:
+    """Rows of the first photo of `count` people; of further photos where there are fewer people."""
+    _, first = np.unique(photos.identity.numpy(), return_index=True)
+    rows = sorted(first.tolist())
+    return (rows + [row for row in range(len(photos)) if row not in set(rows)])[:count]

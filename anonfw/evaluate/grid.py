@@ -75,10 +75,3 @@ def _as_uint8(images: Tensor) -> np.ndarray:
     if images.dtype != torch.uint8:
         images = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def first_of_each_person(photos: FaceBatch, count: int) -> list[int]:
-    """Rows of the first photo of `count` people; of further photos where there are fewer people."""
-    _, first = np.unique(photos.identity.numpy(), return_index=True)
-    rows = sorted(first.tolist())
-    return (rows + [row for row in range(len(photos)) if row not in set(rows)])[:count]
