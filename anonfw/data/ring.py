@@ -164,10 +164,10 @@ def _stop(workers: list[subprocess.Popen], owner: int) -> None:
         return
     for worker in workers:
         worker.stdin.close()
-        worker.stdout.close()
     for worker in workers:
         try:
             worker.wait(timeout=5)
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
+        worker.stdout.close()
