@@ -80,9 +80,7 @@ class System(lightning.LightningModule):
 
     def validation_step(self, batch: FaceBatch, batch_idx: int) -> None:
         _, logged = self.total(batch, self.rng("validate", batch_idx))
-        self.log_dict(
-            {f"val/{name}": value for name, value in logged.items()}, batch_size=len(batch), sync_dist=True
-        )
+        self.log_dict({f"val/{name}": value for name, value in logged.items()}, batch_size=len(batch), sync_dist=True)
 
     def transfer_batch_to_device(self, batch: FaceBatch, device: torch.device, dataloader_idx: int) -> FaceBatch:  # noqa: ARG002
         return batch.to(device, non_blocking=True)
@@ -93,6 +91,18 @@ class System(lightning.LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None,
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        # Lightning refuses to clip for fused optimizers under mixed precision; without a gradient scaler that is sound.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(
+                [p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val
+            )
 
     def trained_names(self) -> set[str]:
         """Names in `state_dict` that are trained: frozen networks come from the weights table, not from checkpoints."""

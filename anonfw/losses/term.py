@@ -10,8 +10,8 @@ from anonfw.losses.base import Loss
 
 class Term(Loss):
     """Args:
-        name: key of `StepOut.terms`.
-        weight: factor in the total.
+    name: key of `StepOut.terms`.
+    weight: factor in the total.
     """
 
     def __init__(self, name: str, weight: float = 1.0) -> None:

@@ -60,7 +60,7 @@ class IdentityVAE(nn.Module):
 def orthogonal(z_r: Tensor, z_s: Tensor) -> Tensor:
     """Orthogonal Identity Mapping: the part of z_r at right angles to z_s, at the length of z_r. (B,Z), (B,Z) -> (B,Z).
 
-        z_a = z_r - <z_r, z_s> / |z_s|^2 z_s,   z_a <- z_a |z_r| / |z_a|
+    z_a = z_r - <z_r, z_s> / |z_s|^2 z_s,   z_a <- z_a |z_r| / |z_a|
     """
     along = (z_r * z_s).sum(-1, keepdim=True) / z_s.square().sum(-1, keepdim=True).clamp_min(1e-12)
     z_a = z_r - along * z_s

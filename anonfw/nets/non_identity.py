@@ -99,7 +99,8 @@ class NonIdentityExtractor(nn.Module):
 
     Args:
         width: D. grid: tokens a side. channels: of the convolutions.
-        factors: name -> typical spread, what the measured-factor token reads from `FaceBatch.factors`; empty for none.
+        factors: name -> (mean, spread) in the population, what the measured-factor token reads from
+            `FaceBatch.factors`; empty for none.
         landmarks: whether that token also reads the five landmarks, relative to the crop's template.
     """
 
@@ -109,7 +110,7 @@ class NonIdentityExtractor(nn.Module):
         size: int,
         grid: int = 7,
         channels: int = 64,
-        factors: Mapping[str, float] | None = None,
+        factors: Mapping[str, tuple[float, float]] | None = None,
         landmarks: bool = True,
     ) -> None:
         super().__init__()
@@ -126,9 +127,7 @@ class NonIdentityExtractor(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, grid * grid, width))
         self.norm = nn.LayerNorm(width)
         inputs = 2 * len(self.factors) + (10 if landmarks else 0)
-        self.measured = (
-            nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 2 * width)) if inputs else None
-        )
+        self.measured = nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 2 * width)) if inputs else None
         self.register_buffer(
             "template", torch.tensor(template("portrait", size), dtype=torch.float32), persistent=False
         )
@@ -144,13 +143,13 @@ class NonIdentityExtractor(nn.Module):
     def _measurements(self, batch: FaceBatch) -> Tensor:
         """(B, 2K + 10): each factor over its spread with a flag whether it is known, then the landmarks' offsets."""
         columns = []
-        for name, spread in self.factors.items():
+        for name, (mean, spread) in self.factors.items():
             if name not in batch.factors:
                 raise KeyError(
                     f"the model reads the factor {name!r}, but the data set has only {sorted(batch.factors)}; "
                     "write the shards with measured factors (--factors)"
                 )
-            value = batch.factors[name].float() / spread
+            value = (batch.factors[name].float() - mean) / spread
             known = torch.isfinite(value)
             columns += [torch.where(known, value, torch.zeros_like(value)).clamp(-5, 5), known.float()]
         if self.landmarks:

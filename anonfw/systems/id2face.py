@@ -66,7 +66,7 @@ class ID2Face(System):
         masking: Literal["spatial", "token", "both", "none"] = "both",
         null_share: float = 0.1,
         cell: int = 16,
-        factors: Mapping[str, float] | None = None,
+        factors: Mapping[str, tuple[float, float]] | None = None,
         landmarks: bool = True,
         self_share: float = 0.25,
         gate: Literal["hidden", "prediction"] = "hidden",
@@ -90,12 +90,16 @@ class ID2Face(System):
         self.mask = IdentityMask(size, cell, enabled=masking in ("spatial", "both"))
         self.extract = NonIdentityExtractor(token_width, size, factors=factors, landmarks=landmarks)
         self.to_identity_tokens = nn.Sequential(
-            nn.Linear(identity.dim, 2 * token_width), nn.GELU(), nn.Linear(2 * token_width, identity_tokens * token_width)
+            nn.Linear(identity.dim, 2 * token_width),
+            nn.GELU(),
+            nn.Linear(2 * token_width, identity_tokens * token_width),
         )
         self.identity_norm = nn.LayerNorm(token_width)
         self.null_identity = nn.Parameter(torch.zeros(1, identity_tokens, token_width))
         # The U-Net reads x_t beside what may be seen and the hidden region, as inpainting networks do.
-        self.unet = unet(in_channels=2 * codec.channels + 1, out_channels=codec.channels, grid=grid, token_width=token_width)
+        self.unet = unet(
+            in_channels=2 * codec.channels + 1, out_channels=codec.channels, grid=grid, token_width=token_width
+        )
         time_width = self.unet.time_embedding.linear_2.out_features
         install(self.unet, lambda attn: self._gate(attn, token_width, time_width))
         self.register_buffer("paste_mask", face_region(size, softness=0.08), persistent=False)
@@ -144,11 +148,16 @@ class ID2Face(System):
 
     def predict(self, x_t: Tensor, t: Tensor, beside: Tensor, c_id: Tensor, c_n: Tensor) -> Tensor:
         """The network's output in the schedule's prediction type, (N,c,h,h)."""
-        kwargs = {"identity_tokens": c_id, "time_embedding": self.unet.time_embedding(self.unet.time_proj(t).to(c_n.dtype))}
+        kwargs = {
+            "identity_tokens": c_id,
+            "time_embedding": self.unet.time_embedding(self.unet.time_proj(t).to(c_n.dtype)),
+        }
         x_in = torch.cat([x_t, beside], 1)
         if self.gate == "prediction":
             with torch.no_grad():
-                first = self.unet(x_in, t, c_n, cross_attention_kwargs=kwargs | {"gate_image": torch.zeros_like(x_t)}).sample
+                first = self.unet(
+                    x_in, t, c_n, cross_attention_kwargs=kwargs | {"gate_image": torch.zeros_like(x_t)}
+                ).sample
                 kwargs["gate_image"] = diffusion.x0_from(self.noise, first, x_t, t)
         return self.unet(x_in, t, c_n, cross_attention_kwargs=kwargs).sample
 
@@ -159,7 +168,9 @@ class ID2Face(System):
 
     def identity_tokens(self, e_hat: Tensor) -> Tensor:
         """(N,dim) -> c_id (N,identity_tokens,D)."""
-        return self.identity_norm(self.to_identity_tokens(e_hat * e_hat.shape[-1] ** 0.5).unflatten(-1, self.null_identity.shape[1:]))
+        return self.identity_norm(
+            self.to_identity_tokens(e_hat * e_hat.shape[-1] ** 0.5).unflatten(-1, self.null_identity.shape[1:])
+        )
 
     def embed(self, batch: FaceBatch) -> Tensor:
         """(N,dim) embeddings: from the sidecar where the loader joined one, else by the recogniser."""
@@ -210,7 +221,12 @@ class ID2Face(System):
         beside = self.beside(visible, region)
         noise = self.per_sample_noise(batch, "noise", draw, (self.codec.channels, *beside.shape[2:]))
         x_0 = diffusion.sample(
-            self.noise, lambda x_t, t: self.predict(x_t, t, beside, c_id, c_n), noise, self.steps, self.sampler, self.codec.clip
+            self.noise,
+            lambda x_t, t: self.predict(x_t, t, beside, c_id, c_n),
+            noise,
+            self.steps,
+            self.sampler,
+            self.codec.clip,
         )
         out = self.canvas.put(x, self.codec.decode(x_0).clamp(-1, 1))
         return x + self.paste_mask * (out - x) if self.paste else out

@@ -72,7 +72,10 @@ class EMA(lightning.Callback):
         self._swap(pl_module)
 
     def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException  # noqa: ARG002
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,  # noqa: ARG002
     ) -> None:
         if trainer.validating or trainer.sanity_checking:
             self._swap(pl_module)

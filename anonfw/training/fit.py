@@ -19,7 +19,9 @@ PLACE = ("run", "resume")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m anonfw fit`."""
     recipes.add_arguments(parser)
-    parser.add_argument("--new", action="store_true", help="start a new run even if an unfinished one could be continued")
+    parser.add_argument(
+        "--new", action="store_true", help="start a new run even if an unfinished one could be continued"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +46,9 @@ def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | No
         if not (folder / "run.json").exists():
             return runs.create(recipe.name, text, folder=folder), None
         if (folder / "recipe.yaml").read_text() != text:
-            raise AnonfwError(f"{folder} holds a run of another recipe (compare {folder / 'recipe.yaml'}); name another folder")
+            raise AnonfwError(
+                f"{folder} holds a run of another recipe (compare {folder / 'recipe.yaml'}); name another folder"
+            )
         if (folder / "finished.json").exists():
             raise AnonfwError(f"the run in {folder} has finished; look at it with `python -m anonfw validate {folder}`")
     else:

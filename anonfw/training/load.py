@@ -37,7 +37,9 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         path = BASES / f"{source}.safetensors"
     if not path.exists():
         there = ", ".join(sorted(base.stem for base in BASES.glob("*.safetensors"))) or "none"
-        raise AnonfwError(f"init: no weights at {path}; give a .safetensors or .ckpt file, or a base ({there}), or null")
+        raise AnonfwError(
+            f"init: no weights at {path}; give a .safetensors or .ckpt file, or a base ({there}), or null"
+        )
     if path.suffix == ".safetensors":
         return {name: value.float() for name, value in load_file(path).items()}
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -61,7 +61,9 @@ class JsonLines(Logger):
             file.write("".join(kept).encode())
 
 
-def wandb(folder: str | Path, project: str = "anonfw", group: str | None = None, tags: list[str] | None = None) -> Logger:
+def wandb(
+    folder: str | Path, project: str = "anonfw", group: str | None = None, tags: list[str] | None = None
+) -> Logger:
     """A `WandbLogger` whose run id is kept in the run folder, so that a continued run is the same W&B run.
 
     Offline without an account: `WANDB_MODE=offline`, later `wandb sync --yes FOLDER/wandb/offline-run-*`. Steps are

@@ -1,9 +1,9 @@
 """Run folders: `runs/<recipe>/<time>/` with the resolved recipe, the commit, checkpoints, logs and results.
 
-    recipe.yaml           the recipe as it was resolved
-    run.json              command, commit, versions, fingerprint of the recipe
-    checkpoints/last.ckpt (and others, by the recipe's checkpoint callback)
-    metrics.jsonl  grid/  model.safetensors  table.*  finished.json
+recipe.yaml           the recipe as it was resolved
+run.json              command, commit, versions, fingerprint of the recipe
+checkpoints/last.ckpt (and others, by the recipe's checkpoint callback)
+metrics.jsonl  grid/  model.safetensors  table.*  finished.json
 """
 
 from __future__ import annotations
@@ -98,4 +98,7 @@ def commit() -> str | None:
 
 def finish(folder: Path, seconds: float) -> None:
     """Marks the run as finished: the same command starts a new one from now on."""
-    write_json(folder / "finished.json", {"seconds": round(seconds, 1), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    write_json(
+        folder / "finished.json",
+        {"seconds": round(seconds, 1), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+    )
