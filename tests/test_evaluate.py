@@ -349,6 +349,7 @@ def test_random_other_is_somebody_else_and_reproducible():
     other = RandomOtherFace(batch, seed=3)
     rows = other.choose(batch, 0)
     assert (batch.identity[rows] != batch.identity).all()
+    assert len(set(rows.tolist())) > 8, "photos of one person get different others"
     assert torch.equal(other(batch, 0), batch.select(rows).pixels())
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(other.choose(batch.select(order), 0), rows[order]), "it follows the sample, not the batch"
@@ -445,6 +446,20 @@ def test_the_table_says_what_happened(report):
         report.value("anonymized", "tpr")
 
 
+def test_pose_and_expression_compare_an_output_with_its_source(report):
+    batch = photos(8, 3)
+    before = batch.image.float().mean((2, 3)).double().numpy()
+    after = to_uint8(inverted(batch, 0)).float().mean((2, 3)).double().numpy()
+    pose = protocols.rotation_angle(
+        *(np.stack([v[:, 0] - 128, v[:, 1] - 128, np.zeros(24)], -1) for v in (before, after))
+    )
+    assert report.value("anonymized", "pose_error").value == pytest.approx(pose.mean(), rel=1e-4)
+    assert report.value("anonymized", "pose_error").n == 24, "measured on the first draw"
+    faces = [np.stack([v[:, 0], v[:, 1], v[:, 2], v[:, 0] + v[:, 2]], -1) for v in (before, after)]
+    expected = np.sqrt((((faces[0] - faces[1]) / faces[0].std(0)) ** 2).mean(-1)).mean()
+    assert report.value("anonymized", "expression_error").value == pytest.approx(expected, rel=1e-4)
+
+
 def test_tpr_grows_with_fpr(report):
     for name in report.rows:
         for attack in ("source", "other"):
@@ -470,6 +485,7 @@ def test_text_fits_a_terminal(report):
         assert expected in body
     original = next(line for line in lines if line.startswith("original"))
     assert original.count("same") == 3
+    assert sum(line.startswith("original") and "  100 [63,100]" in line for line in lines) == 2, "rates in per cent"
 
 
 def test_wide_numbers_still_fit(report):
