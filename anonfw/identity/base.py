@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from anonfw import align
 from anonfw import weights as weights_table
 
+# A CPU's caches hold the activations of about this many images: 1.5 times as fast with gradients as 64 at once.
+CPU_BATCH = 16
+
 
 class Recognizer(nn.Module):
     """The contract. A subclass sets the attributes and gives `embed`.
@@ -100,7 +103,11 @@ class OnnxRecognizer(Recognizer):
         self.freeze()
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.net(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if images.device.type != "cpu":
+            return self.net(images)
+        parts = images.tensor_split(max(1, len(images) // CPU_BATCH))
+        return torch.cat([self.net(part) for part in parts])
 
 
 def embed_aligned(recognizer: Recognizer, images: Tensor, alignment: str) -> Tensor:
