@@ -191,6 +191,23 @@ class ID2Face(System):
         kl = q.kl_to_prior().detach().mean(0)
         return {"kl": kl.sum(), "active_dimensions": (kl > 0.05).sum().float()}
 
+    def validation_step(self, batch: FaceBatch, batch_idx: int) -> None:
+        """Also logs what inference will meet: cosines of drawn identities to their source, and how alike they are."""
+        super().validation_step(batch, batch_idx)
+        e = self.embed(batch)
+        z_s = self.vae.encode(e).mu
+        z_a = orthogonal(self.per_sample_noise(batch, "identity", 0, z_s.shape[1:]), z_s)
+        e_a = self.vae.decode(z_a)
+        alike = (e_a @ e_a.T - torch.eye(len(e_a), device=e_a.device)).sum() / max(1, len(e_a) * (len(e_a) - 1))
+        measured = {
+            "latent_cosine": F.cosine_similarity(z_a, z_s).mean(),
+            "recognizer_cosine": (e_a * e).sum(-1).mean(),
+            "mutual_cosine": alike,
+        }
+        self.log_dict(
+            {f"val/drawn_{name}": value for name, value in measured.items()}, batch_size=len(batch), sync_dist=True
+        )
+
     def recognizer_names(self) -> set[str]:
         return super().recognizer_names() | {self.identity.name}
 
