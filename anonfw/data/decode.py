@@ -1,6 +1,7 @@
 """Jobs and pixels: JPEGs at known places of mapped tars, decoded into one array that was there before.
 
 A job is one row of int64: (tar, offset, size, mirrored, side, destination), the last one a byte offset into the pixels.
+A size of -1 says that there is nothing to decode.
 No torch here: worker processes import this file.
 """
 
@@ -55,7 +56,7 @@ def decode(jobs: np.ndarray, status: np.ndarray, pixels: np.ndarray, tars: Tars)
     interleaved: dict[int, np.ndarray] = {}
     mirror: dict[int, np.ndarray] = {}
     for number, (tar, offset, size, mirrored, side, destination) in enumerate(jobs.tolist()):
-        if size == 0:
+        if size < 0:
             status[number] = KNOWN_BAD
             continue
         content = tars.map(tar)

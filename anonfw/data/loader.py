@@ -27,9 +27,10 @@ class FaceLoader:
 
     With `shuffle` it is a training stream: an epoch visits every unit of the split once in an order that depends on
     (seed, epoch) alone, incomplete global batches are left out, and a new `iter` goes on where the last one stopped
-    (at the next epoch after a whole one). Without, it is a fixed pass: each `iter` begins at the first sample, and the
-    last batch is smaller. In both, rows are dropped for samples that cannot be used (`bad_samples_file`), so such a
-    batch is smaller; which one depends on the data alone.
+    (at the next epoch after a whole one; so Lightning's `limit_train_batches` cuts the stream, not the epoch).
+    Without, it is a fixed pass: each `iter` begins at the first sample, and the last batch is smaller. In both,
+    rows are dropped for samples that cannot be used (`bad_samples_file`), so such a batch is smaller; which one
+    depends on the data alone.
 
     Modes (the unit that is shuffled):
         images: a sample.
@@ -204,8 +205,9 @@ class FaceLoader:
             planned = under_way.popleft()
             batch = self._assemble(planned, *decoder.collect())
             self._position = planned.stop
-            yield batch
-            self._check_turn(turn)
+            if batch is not None:
+                yield batch
+                self._check_turn(turn)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -231,14 +233,17 @@ class FaceLoader:
             start += len(rows) * side.picture_bytes
         return np.concatenate(jobs)
 
-    def _assemble(self, step: Step, status: np.ndarray, pixels: np.ndarray) -> FaceBatch:
+    def _assemble(self, step: Step, status: np.ndarray, pixels: np.ndarray) -> FaceBatch | None:
+        """The batch without its bad rows; None where a fixed pass has no good one there."""
         count = len(step.rows[0])
         by_side = status.reshape(len(self._sides), count)
         for side, rows, answers in zip(self._sides, step.rows, by_side, strict=True):
             self.bad.add(side.found_bad(rows, answers))
         good = (by_side == 0).all(0)
         if not good.any():
-            raise DataError(
+            if not self.shuffle:
+                return None
+            raise DataError(  # one rank must not have fewer steps than the others
                 f"none of the {count} samples of a batch can be used (see {self.bad.file}). Write the data set again, "
                 "or take a larger batch_size."
             )

@@ -35,14 +35,13 @@ def open_folder(dataset: str | Path, split: str, sidecars: Iterable[str] = ()) -
     folder.mkdir(parents=True, exist_ok=True)
     _fetch(address, folder / CARD_NAME)  # always anew: it is small, and it says whether the rest is still right
     card = Card.load(folder)
-    for shard in card.of_split(split):
-        _fetch_shard(address, folder, shard)
     for name in sidecars:
         _fetch(address, sidecar_record_path(folder, name))
-        record = read_record(folder, name)
-        for shard in card.of_split(split):
+    for shard in card.of_split(split):
+        _fetch_shard(address, folder, shard)
+        for name in sidecars:
             array = sidecar_path(folder / shard.file, name)
-            entry = record["shards"].get(shard.stem)  # without one, the loader says what is missing
+            entry = read_record(folder, name)["shards"].get(shard.stem)  # without one, the loader says what is missing
             if entry is not None and not (array.is_file() and sha256_of(array) == entry["sha256"]):
                 _fetch(address, array)
     return folder

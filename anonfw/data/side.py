@@ -36,7 +36,7 @@ class Side:
         jobs = ring.empty_jobs(len(rows))
         jobs[:, decode.TAR] = table.shard[rows] + first_tar
         jobs[:, decode.OFFSET] = table.offset[rows]
-        jobs[:, decode.SIZE] = np.where(table.fault[rows] == index.OK, table.size[rows], 0)
+        jobs[:, decode.SIZE] = np.where(table.fault[rows] == index.OK, table.size[rows], -1)
         jobs[:, decode.MIRRORED] = mirrored
         jobs[:, decode.SIDE] = self.size
         jobs[:, decode.DESTINATION] = start + np.arange(len(rows)) * self.picture_bytes

@@ -95,7 +95,7 @@ def _embed_shard(
         rows = np.arange(start, min(start + batch_size, len(index)))
         jobs = np.zeros((len(rows), decode.JOB_WIDTH), np.int64)
         jobs[:, decode.OFFSET] = index.offset[rows]
-        jobs[:, decode.SIZE] = np.where(index.fault[rows] == OK, index.size[rows], 0)
+        jobs[:, decode.SIZE] = np.where(index.fault[rows] == OK, index.size[rows], -1)
         jobs[:, decode.SIDE] = side
         jobs[:, decode.DESTINATION] = np.arange(len(rows)) * 3 * side * side
         status, pixels = np.zeros(len(rows), np.uint8), np.zeros(len(rows) * 3 * side * side, np.uint8)
