@@ -519,13 +519,28 @@ def test_save_writes_every_form(report, tmp_path):
     assert paths["txt"].read_text() == report.text()
 
 
-def test_collect_keeps_to_its_limits():
+def test_a_limit_spreads_over_people_and_keeps_the_gallery():
     loaded = [photos(8, 3).select(slice(start, start + 5)) for start in range(0, 24, 5)]
-    kept = evaluation(photos_per_person=2, limit=9).collect(loaded)
-    assert kept.identity.tolist() == [100, 100, 101, 101, 102, 102, 103, 103, 104]
+    gallery = evaluation(photos_per_person=2).collect(loaded)
+    assert gallery.identity.tolist() == [100 + i // 2 for i in range(16)]
+    assert evaluation(limit=9).choose(gallery).tolist() == [0, 1, 2, 4, 6, 8, 10, 12, 14]
+    assert evaluation().choose(gallery).tolist() == list(range(16))
+    shuffled = gallery.select([3, 0, 2, 1, 4])
+    assert shuffled.identity[evaluation(limit=3).choose(shuffled)].tolist() == [101, 100, 102]
     with pytest.raises(EvaluationError, match="at least two"):
-        evaluation(limit=3).collect(loaded)
-    assert first_of_each_person(kept, 6) == [0, 2, 4, 6, 8, 1]
+        evaluation().collect([photos(1, 3)])
+    with pytest.raises(ValueError, match="at least 1"):
+        Evaluation(limit=0)
+    assert first_of_each_person(gallery, 10) == [0, 2, 4, 6, 8, 10, 12, 14, 1, 3]
+
+
+def test_a_limit_leaves_the_thresholds_alone(report):
+    limited = evaluation(draws=3, limit=10).run(inverted, [photos(8, 3)], set(), progress=False)
+    assert [t.value for t in limited.thresholds] == [t.value for t in report.thresholds]
+    assert (limited.people, limited.photos, limited.gallery, limited.gallery_people) == (8, 10, 24, 8)
+    assert limited.value("anonymized", "tpr_source@1e-2").n == 30
+    assert limited.value("anonymized", "tpr_other@1e-2").n == 60
+    assert limited.value("original", "top1_other").value > 0.9
 
 
 def test_single_photos_are_named_not_dropped():
@@ -616,7 +631,7 @@ def test_validate_prints_the_table(dataset, tmp_path, monkeypatch, capsys):
     validate.add_arguments(parser)
     assert validate.run(parser.parse_args(["--device", "cpu", str(tmp_path), "evaluate.limit=6"])) == 0
     printed = capsys.readouterr().out
-    assert "2 people, 6 photos, 2 anonymizations of each; judge pattern_judge" in printed
+    assert "6 people, 6 photos, 2 anonymizations of each; judge pattern_judge" in printed
     assert (tmp_path / "validate" / "grid.png").is_file()
 
 

@@ -18,7 +18,7 @@ from anonfw.errors import AnonfwError
 from anonfw.evaluate import protocols
 from anonfw.evaluate.references import NAMES, build_references
 from anonfw.evaluate.report import Report
-from anonfw.evaluate.rows import row_of
+from anonfw.evaluate.rows import distance_outside, identity_measures, utility_measures
 from anonfw.evaluate.scorers import EXPRESSION, Measured, Scorers, SessionRecognizer, refuse_own_judge
 
 Anonymize = Callable[[FaceBatch, int], Tensor]
@@ -35,7 +35,8 @@ class Evaluation:
         judge: recogniser that measures identity, by its name in the weights table, or a `Recognizer`. It must have had
             no part in the system.
         draws: anonymizations of each photo; identity measures use all of them, diversity needs two.
-        limit: photos at most, in the loader's order; None takes them all.
+        limit: photos to anonymize at most, spread over as many people as there are; None takes them all. Gallery and
+            thresholds use every original all the same.
         photos_per_person: photos of one person at most, so that nobody dominates the rates.
         references: rows to compare with, out of `original`, `blur`, `pixelate`, `box`, `random_other`.
         fpr: false positive rates of the verification columns.
@@ -63,8 +64,8 @@ class Evaluation:
         detector: Any | None = None,
         attributes: Any | None = None,
     ) -> None:
-        if draws < 1 or attribute_draws < 1 or photos_per_person < 1:
-            raise ValueError("draws, attribute_draws and photos_per_person must be at least 1")
+        if min(draws, attribute_draws, photos_per_person, 1 if limit is None else limit) < 1:
+            raise ValueError("draws, attribute_draws, photos_per_person and limit must be at least 1")
         unknown = [name for name in references if name not in NAMES]
         if unknown:
             raise ValueError(f"unknown reference {', '.join(map(repr, unknown))}; there are {', '.join(NAMES)}")
@@ -96,32 +97,39 @@ class Evaluation:
         """
         scorers = self._scorers(device)
         refuse_own_judge(scorers.judge.name, scorers.judge.sha256, system_identity_names)
-        photos = self.collect(loader)
-        people = photos.identity.numpy()
+        gallery = self.collect(loader)
+        people = gallery.identity.numpy()
+        chosen = self.choose(gallery)
+        photos = gallery.select(chosen)
         methods: dict[str, tuple[Anonymize, int]] = {"anonymized": (anonymize, self.draws)}
-        for name, reference in build_references(self.references, photos, self.alignment, self.seed).items():
+        for name, reference in build_references(self.references, gallery, self.alignment, self.seed).items():
             methods[name] = (reference, reference.draws or self.draws)
 
+        embeddings = scorers.embed(gallery.image)
         originals = scorers.measure(photos.image)
-        thresholds = [
-            protocols.threshold_at(protocols.impostor_scores(originals.embedding, people), fpr) for fpr in self.fpr
-        ]
+        impostors = protocols.impostor_scores(embeddings, people)
+        thresholds = [protocols.threshold_at(impostors, fpr) for fpr in self.fpr]
         spread = np.nanstd(originals.table(EXPRESSION), axis=0)
         rows, seconds = {}, 0.0
         for name, draws, images, spent in self._outputs(methods, photos, device, progress):
             seconds += spent if name == "anonymized" else 0.0
             measured = [scorers.measure(images[k], attributes=k < self.attribute_draws) for k in range(draws)]
-            rows[name] = row_of(photos, images, measured, originals, thresholds, spread, self.alignment, self.seed)
+            row = identity_measures(measured, chosen, embeddings, people, thresholds, self.seed)
+            row |= utility_measures(measured, originals, people[chosen], spread, self.seed)
+            row["outside_distance"] = distance_outside(images, photos, self.alignment, self.seed)
+            rows[name] = row
         counts = Counter(people.tolist())
+        asked = people[chosen].tolist()
         report = Report(
             rows=rows,
             thresholds=thresholds,
             judge={key: str(getattr(scorers.judge, key)) for key in ("name", "sha256", "licence")},
-            people=len(counts),
+            people=len(set(asked)),
             photos=len(photos),
             draws=self.draws,
-            gallery=len(photos),
-            chance_top1=float(np.mean([counts[person] for person in people.tolist()]) / len(photos)),
+            gallery=len(gallery),
+            gallery_people=len(counts),
+            chance_top1=float(np.mean([counts[person] for person in asked]) / len(gallery)),
             spread=dict(zip(EXPRESSION, spread.tolist(), strict=True)),
             settings={
                 "detection_threshold": self.detection_threshold,
@@ -132,33 +140,42 @@ class Evaluation:
             },
             cost_ms={"anonymizer": 1000 * seconds / (self.draws * len(photos)), **scorers.cost()},
         )
-        report.notes = self._notes(report, originals, counts)
+        report.notes = self._notes(report, originals, sum(counts[person] == 1 for person in set(asked)))
         return report
 
     def collect(self, loader: Iterable[FaceBatch]) -> FaceBatch:
-        """The photos that are evaluated, on the CPU, in the loader's order: within `limit` and `photos_per_person`.
+        """The originals of gallery and thresholds, on the CPU, in the loader's order: within `photos_per_person`.
 
         Raises:
             EvaluationError: fewer than two people.
         """
         taken: Counter[int] = Counter()
-        parts, total = [], 0
+        parts = []
         for batch in loader:
             rows = []
             for row, person in enumerate(batch.identity.tolist()):
-                if taken[person] < self.photos_per_person and (self.limit is None or total < self.limit):
-                    taken[person] += 1
-                    total += 1
+                taken[person] += 1
+                if taken[person] <= self.photos_per_person:
                     rows.append(row)
             if rows:
                 parts.append(batch.to("cpu").select(rows))
-            if self.limit is not None and total >= self.limit:
-                break
         if len(taken) < 2:
             raise EvaluationError(
-                f"{len(taken)} people to evaluate: verification needs at least two; choose a larger split or limit"
+                f"{len(taken)} people to evaluate: verification needs at least two; use a larger split"
             )
         return FaceBatch.concatenate(parts)
+
+    def choose(self, gallery: FaceBatch) -> np.ndarray:
+        """Rows of the gallery to anonymize: the first photo of each person, then the second, ... up to `limit`.
+
+        People, not photos, are what intervals are made of, so a limit spreads over people first.
+        """
+        taken: Counter[int] = Counter()
+        turn = []
+        for person in gallery.identity.tolist():
+            turn.append(taken[person])
+            taken[person] += 1
+        return np.sort(np.argsort(turn, kind="stable")[: self.limit])
 
     def _scorers(self, device: str | torch.device) -> Scorers:
         from anonfw.attributes import Attributes
@@ -199,7 +216,7 @@ class Evaluation:
                         bar.update(len(batch))
                 yield name, draws, images, spent
 
-    def _notes(self, report: Report, originals: Measured, counts: Counter) -> list[str]:
+    def _notes(self, report: Report, originals: Measured, alone: int) -> list[str]:
         with_face = ", ".join(f"{name} {row['pose_error'].n}" for name, row in report.rows.items())
         spread = ", ".join(f"{name} {value:.3f}" for name, value in report.spread.items())
         notes = [
@@ -210,7 +227,6 @@ class Evaluation:
         unseen = int((~originals.detected).sum())
         if unseen:
             notes.append(f"no face is detected in {unseen} originals; they have no pose and expression to compare")
-        alone = sum(count == 1 for count in counts.values())
         if alone:
             notes.append(f"{alone} people have one photo only and are not in the 'other photo' columns")
         return notes
@@ -254,14 +270,14 @@ def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, 
     if (alignment := loader.table.card.alignment) != evaluation.alignment:
         raise EvaluationError(f"the photos are {alignment} crops: evaluate them with evaluate.alignment={alignment}")
     try:
-        photos = evaluation.collect(loader)
+        gallery = evaluation.collect(loader)
     finally:
         loader.close()
     was_training = system.training
     system.eval()
     try:
-        report = evaluation.run(system.anonymize, [photos], system.recognizer_names(), device=system.device)
-        png = sample_grid(system, photos.select(first_of_each_person(photos, grid_rows)))
+        report = evaluation.run(system.anonymize, [gallery], system.recognizer_names(), device=system.device)
+        png = sample_grid(system, gallery.select(first_of_each_person(gallery, grid_rows)))
     finally:
         system.train(was_training)
     report.save(folder)

@@ -72,8 +72,9 @@ class Report:
         rows: row name -> measure -> Estimate, in the order of the table. The anonymizer's row comes first.
         thresholds: operating points, fixed on original impostor pairs.
         judge: name, sha256 and licence of the recogniser.
-        people, photos: size of the evaluated set; `draws` anonymizations of each photo were made.
-        gallery: photos in the retrieval gallery; `chance_top1` a random ranking's top-1 rate (own photo included).
+        people, photos: what was anonymized; `draws` anonymizations of each photo were made.
+        gallery, gallery_people: originals that thresholds and retrieval use, and how many people are on them.
+        chance_top1: top-1 rate of a random ranking, own photo included.
         spread: standard deviation over originals of each expression measure: the unit of the expression error.
         settings: seed, detection threshold, alignment, further facts worth a line in the JSON.
         cost_ms: milliseconds per image of each scorer and of the anonymizer.
@@ -87,6 +88,7 @@ class Report:
     photos: int
     draws: int
     gallery: int
+    gallery_people: int
     chance_top1: float
     spread: dict[str, float]
     settings: dict[str, object] = field(default_factory=dict)
@@ -121,7 +123,8 @@ class Report:
             )
         lines.append("thresholds are fixed on the originals and kept for every row")
         lines.append(
-            f"top-1: gallery of {self.gallery} originals, chance {100 * self.chance_top1:.1f} %; "
+            f"top-1: gallery of {self.gallery} originals of {self.gallery_people} people, "
+            f"chance {100 * self.chance_top1:.1f} %; "
             f"face detected: SCRFD-500M score >= {self.settings.get('detection_threshold')}"
         )
         return lines + self.notes
@@ -188,7 +191,7 @@ def _plain(value: object) -> object:
 
 def _end(value: float, decimals: int) -> str:
     """An interval's end: no zero before the point, no decimals from 10 on."""
-    text = f"{value:.{0 if abs(value) >= 9.95 else decimals}f}"
+    text = f"{value:z.{0 if abs(value) >= 9.95 else decimals}f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
@@ -199,7 +202,7 @@ def _cell(estimate: Estimate | None, column: Column, row: str) -> str:
     if estimate is None or math.isnan(estimate.value):
         return "-"
     scale = 100.0 if column.percent else 1.0
-    value = f"{scale * estimate.value:.{column.decimals}f}".replace("100.0", "100")
+    value = f"{scale * estimate.value:z.{column.decimals}f}".replace("100.0", "100")
     if math.isnan(estimate.low):
         return value
     ends = [_end(scale * end, column.end_decimals) for end in (estimate.low, estimate.high)]

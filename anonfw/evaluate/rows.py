@@ -1,4 +1,7 @@
-"""One row of the table: all measures of one method from what the scorers found."""
+"""One row of the table: the measures of one method, from what the scorers found in its outputs.
+
+Legend: N originals (the gallery), P of them anonymized (the photos), K draws of each.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,26 @@ from anonfw.evaluate.report import rate_label
 from anonfw.evaluate.scorers import EXPRESSION, POSE, Measured
 
 
-def row_of(
-    photos: FaceBatch,
-    images: Tensor,
+def identity_measures(
     measured: list[Measured],
-    originals: Measured,
+    chosen: np.ndarray,
+    gallery: np.ndarray,
+    people: np.ndarray,
     thresholds: list[Threshold],
-    spread: np.ndarray,
-    alignment: str,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Every measure of one method.
+    """Verification, retrieval, cosine and diversity.
 
     Args:
-        photos: the N originals.
-        images: (K,N,3,H,W) uint8, what the method made of them in K draws.
-        measured: one Measured a draw; where its pose and expression are all NaN they were not measured.
-        originals: measurements of the originals, the gallery.
+        measured: of the P outputs of each of the K draws.
+        chosen: (P,) the gallery row that each output was made from.
+        gallery: (N,D) embeddings of the originals. people: (N,) who is on them.
         thresholds: operating points of the verification columns.
-        spread: (F,) unit of the expression error (`protocols.expression_error`).
-        alignment, seed: crop of the images, and seed of the bootstrap.
+        seed: of the bootstrap.
     """
-    people, gallery = photos.identity.numpy(), originals.embedding
-    source = np.tile(np.arange(len(people)), len(measured))
-    person = people[source]
     embeddings = np.stack([m.embedding for m in measured])
-    queries = embeddings.reshape(len(source), -1)
+    queries, source = np.concatenate(embeddings), np.tile(chosen, len(measured))
+    person = people[source]
     own = protocols.source_scores(queries, source, gallery)
     other, other_row = protocols.other_scores(queries, source, gallery, people)
     row = {}
@@ -52,14 +49,33 @@ def row_of(
             row[f"top{rank}_{name}"] = rate_interval(hits, person, seed)
     row["cosine_source"] = mean_interval(own, person, seed)
     row["cosine_other"] = mean_interval(other, person[other_row], seed)
-    row["diversity"] = mean_interval(protocols.pairwise_diversity(embeddings), people, seed)
-    row["detected"] = rate_interval(np.concatenate([m.detected for m in measured]), person, seed)
+    row["diversity"] = mean_interval(protocols.pairwise_diversity(embeddings), people[chosen], seed)
+    return row
+
+
+def utility_measures(
+    measured: list[Measured], originals: Measured, person: np.ndarray, spread: np.ndarray, seed: int
+) -> dict[str, Estimate]:
+    """Share of outputs with a face, and errors of pose and expression.
+
+    Args:
+        measured: of the P outputs of each draw; NaN pose and expression were not measured and do not count.
+        originals: of the P sources. person: (P,) who is on them.
+        spread: (F,) unit of the expression error (`protocols.expression_error`).
+    """
+    everyone = np.tile(person, len(measured))
     turned, moved = originals.table(POSE), originals.table(EXPRESSION)
     pose = [protocols.rotation_angle(m.table(POSE), turned) for m in measured]
     expression = [protocols.expression_error(m.table(EXPRESSION), moved, spread) for m in measured]
-    row["pose_error"] = mean_interval(np.concatenate(pose), person, seed)
-    row["expression_error"] = mean_interval(np.concatenate(expression), person, seed)
+    return {
+        "detected": rate_interval(np.concatenate([m.detected for m in measured]), everyone, seed),
+        "pose_error": mean_interval(np.concatenate(pose), everyone, seed),
+        "expression_error": mean_interval(np.concatenate(expression), everyone, seed),
+    }
+
+
+def distance_outside(images: Tensor, photos: FaceBatch, alignment: str, seed: int) -> Estimate:
+    """Change outside the face ellipse: (K,P,3,H,W) uint8 outputs against their sources."""
     outside = ~protocols.face_ellipse(images.shape[-1], alignment)
     distance = [protocols.masked_distance(draw.numpy(), photos.image.numpy(), outside) for draw in images]
-    row["outside_distance"] = mean_interval(np.concatenate(distance), person, seed)
-    return row
+    return mean_interval(np.concatenate(distance), np.tile(photos.identity.numpy(), len(images)), seed)

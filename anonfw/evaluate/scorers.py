@@ -110,20 +110,26 @@ class Scorers:
         self._faces: dict[bytes, tuple[float, np.ndarray] | None] = {}
         self._factors: dict[bytes, dict[str, float]] = {}
 
+    def embed(self, images: Tensor) -> np.ndarray:
+        """(B,D) float32 unit-norm embeddings of (B,3,H,W) uint8 images by the judge."""
+        array = images.cpu().numpy()
+        keys = _hashes(array)
+        new = list({key: row for row, key in enumerate(keys) if key not in self._embeddings}.values())
+        for start in range(0, len(new), self.batch_size):
+            self._run_judge(array, keys, new[start : start + self.batch_size])
+        return np.stack([self._embeddings[key] for key in keys])
+
     def measure(self, images: Tensor, attributes: bool = True) -> Measured:
         """Measure (B,3,H,W) uint8 images; `attributes=False` leaves pose and expression out (they cost most)."""
         array = images.cpu().numpy()
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in array]
-        new = list({key: row for row, key in enumerate(keys) if key not in self._embeddings}.values())
-        for start in range(0, len(new), self.batch_size):
-            self._embed(array, keys, new[start : start + self.batch_size])
+        keys = _hashes(array)
         pictures = {key: np.ascontiguousarray(image.transpose(1, 2, 0)) for key, image in zip(keys, array, strict=True)}
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(lambda item: self._look(*item, attributes), pictures.items()))
         faces = [self._faces[key] for key in keys]
         known = [self._factors.get(key, {}) if attributes else {} for key in keys]
         return Measured(
-            np.stack([self._embeddings[key] for key in keys]),
+            self.embed(images),
             np.array([face is not None for face in faces]),
             np.array([face[0] if face is not None else 0.0 for face in faces], np.float32),
             {name: np.array([values.get(name, np.nan) for values in known]) for name in POSE + EXPRESSION},
@@ -134,7 +140,7 @@ class Scorers:
         return {name: 1000 * self.seconds[name] / self.images[name] for name in sorted(self.images)}
 
     @torch.inference_mode()
-    def _embed(self, array: np.ndarray, keys: list[bytes], rows: list[int]) -> None:
+    def _run_judge(self, array: np.ndarray, keys: list[bytes], rows: list[int]) -> None:
         with self._timed("judge", len(rows)):
             pixels = torch.from_numpy(array[rows]).to(self.device).float().div_(127.5).sub_(1.0)
             embedding = embed_aligned(self.judge, pixels, self.alignment).float().cpu().numpy()
@@ -166,6 +172,10 @@ class Scorers:
 
     def _timed(self, name: str, images: int = 1) -> _Timed:
         return _Timed(self, name, images)
+
+
+def _hashes(array: np.ndarray) -> list[bytes]:
+    return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in array]
 
 
 class SessionRecognizer(Recognizer):
