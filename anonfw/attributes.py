@@ -76,7 +76,8 @@ class Attributes:
         upright = np.concatenate([np.eye(2) * zoom, (POSE_SIZE / 2 - zoom * centre)[:, None]], axis=1)
         crop = warp(image, upright, POSE_SIZE)
         blob = ((crop.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD)[None]
-        yaw, pitch, roll = (float(np.ravel(v)[0]) for v in self.pose_session.run(["yaw", "pitch", "roll"], {"face": blob}))
+        angles = self.pose_session.run(["yaw", "pitch", "roll"], {"face": blob})
+        yaw, pitch, roll = (float(np.ravel(angle)[0]) for angle in angles)
         return -yaw, pitch, -roll
 
     def landmarks(self, image: np.ndarray, landmarks5: np.ndarray) -> np.ndarray:

@@ -1,0 +1,239 @@
+"""Photographs of people who do not exist, several of each, as a data set of data/SCHEMA.md.
+
+    python data/synthetic_people.py OUT --people 940 --photos 6 --seed 1 --workers 2
+    python data/synthetic_people.py OUT --report
+
+A person is a style vector of MobileStyleGAN. Their photographs move that vector along directions that turn the head,
+open the mouth and so on, and take the fine layers' style (light, colours, background) from somebody else. What two
+recognisers do not take for the same person is thrown away, and so is who looks like somebody already there.
+docs/synthetic_people.md says how well that works. Needs `pip install anonfw[faces]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import synthetic_studio as studio
+from synthetic_studio import DIRECTIONS, JPEG_QUALITY, RECOGNISERS, SIZE, Photo, Studio, centre, collides
+
+from anonfw.data.writer import DatasetWriter, Sample
+from anonfw.errors import AnonfwError
+
+NAME = "people"
+FEWEST_MISSING = 1  # a person with one photo fewer than asked for is kept
+CHUNK = 32  # candidates that are compared with the people before them at once; fixed, so that workers change nothing
+SPLITS = {4: "test", 12: "test", 20: "test", 16: "val"}
+
+_studio: Studio | None = None  # one per worker process
+
+
+def split_of(number: int) -> str:
+    """Split of the person with that number: of every 25 people 3 are test, 1 val and 21 train, from the start on."""
+    return SPLITS.get(number % 25, "train")
+
+
+def start_worker(parent: int) -> None:
+    """Load the networks into this process, one thread each (sums come out the same whatever the machine)."""
+    global _studio
+    import cv2
+    import torch
+
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    _studio = Studio(threads=1)
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent cannot stop its workers: they would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def base_job(work: Path, seed: int, number: int) -> Path:
+    """Candidate `number`'s style and first photo in a file (written once)."""
+    file = work / f"base_{number:06d}.npz"
+    if not file.exists():
+        style, photo = _studio.base(seed, number)
+        save_person(file, style, [photo] if photo else [])
+    return file
+
+
+def photos_job(work: Path, seed: int, number: int, count: int) -> Path:
+    """Candidate `number`'s photos in a file (written once)."""
+    file = work / f"photos_{number:06d}_{count}.npz"
+    if not file.exists():
+        style, (first,) = load_person(work / f"base_{number:06d}.npz")
+        save_person(file, style, _studio.photos(seed, number, first, style, count))
+    return file
+
+
+def save_person(file: Path, style: np.ndarray, photos: list[Photo]) -> None:
+    """Write a candidate's style and photos, whole or not at all."""
+    arrays = {"style": style, "factors": np.array(json.dumps([photo.factors for photo in photos]))}
+    for i, photo in enumerate(photos):
+        arrays |= {
+            f"jpeg_{i}": np.frombuffer(photo.jpeg, np.uint8),
+            f"landmarks_{i}": photo.landmarks,
+            f"vectors_{i}": photo.vectors,
+        }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_bytes(buffer.getvalue())
+    os.replace(partial, file)
+
+
+def load_person(file: Path) -> tuple[np.ndarray, list[Photo]]:
+    """(512,) style and photos of a candidate."""
+    with np.load(file) as arrays:
+        photos = [
+            Photo(arrays[f"jpeg_{i}"].tobytes(), arrays[f"landmarks_{i}"], factors, arrays[f"vectors_{i}"])
+            for i, factors in enumerate(json.loads(str(arrays["factors"])))
+        ]
+        return arrays["style"], photos
+
+
+def people(
+    pool: ProcessPoolExecutor, work: Path, seed: int, count: int, wanted: int, progress: Callable[[int, int], None]
+) -> Iterator[list[Photo]]:
+    """Photos of `wanted` distinct people, one person after the other, in an order that the seed alone decides.
+
+    `progress` is called with the candidates tried and the people found.
+    """
+    centres: list[np.ndarray] = []
+    fixed = itertools.repeat(work), itertools.repeat(seed)
+    for start in itertools.count(0, CHUNK):
+        numbers = range(start, start + CHUNK)
+        promising, taken = list(centres), []
+        for number, file in zip(numbers, pool.map(base_job, *fixed, numbers), strict=True):
+            _, photos = load_person(file)
+            if photos and not collides(photos[0].vectors, promising):
+                promising.append(photos[0].vectors)
+                taken.append(number)
+        for number, file in zip(taken, pool.map(photos_job, *fixed, taken, itertools.repeat(count)), strict=True):
+            _, photos = load_person(file)
+            if len(photos) >= count - FEWEST_MISSING and not collides(centre(photos), centres):
+                centres.append(centre(photos))
+                yield photos
+                if len(centres) == wanted:
+                    return
+            progress(number + 1, len(centres))
+
+
+def check_work(work: Path, seed: int) -> None:
+    """Refuse half-made people of other settings.
+
+    Raises:
+        AnonfwError: the folder was filled with another seed, or by another version of the scripts.
+    """
+    constants = {name: value for name, value in vars(studio).items() if name.isupper() and name != "DIRECTIONS"}
+    settings = {"seed": seed, "directions": hashlib.sha256(DIRECTIONS.read_bytes()).hexdigest()}
+    settings |= {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in constants.items()}
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "settings.json"
+    if not file.exists():
+        partial = file.with_name(f"settings.{os.getpid()}.partial")
+        partial.write_text(text)
+        os.replace(partial, file)
+    elif file.read_text() != text:
+        raise AnonfwError(f"{work} holds people of another seed or version. Delete it, or choose another --work.")
+
+
+def write(args: argparse.Namespace) -> None:
+    """Make the data set, or continue it."""
+    import multiprocessing
+
+    from anonfw.weights import weight
+
+    work = args.work or args.out / ".work"
+    check_work(work, args.seed)
+    writer = DatasetWriter(
+        args.out,
+        name=NAME,
+        image_size=SIZE,
+        alignment="portrait",
+        source="people who do not exist: MobileStyleGAN (FFHQ) by data/synthetic_people.py",
+        licence="generator Apache-2.0, trained on FFHQ (CC BY-NC-SA 4.0): non-commercial",
+        shard_samples=args.shard_samples,
+        sidecars={name: weight(name).sha256 for name in RECOGNISERS},
+        about={"seed": args.seed, "photos": args.photos, "jpeg_quality": JPEG_QUALITY},
+    )
+    began, first_found = time.monotonic(), None
+
+    def progress(tried: int, found: int) -> None:
+        nonlocal first_found
+        spent = time.monotonic() - began
+        first_found = found if first_found is None else first_found
+        left = (args.people - found) * spent / max(found - first_found, 1)
+        print(f"\r{found}/{args.people} people of {tried} tried, {spent:.0f} s, about {left:.0f} s left ", end="")
+        sys.stdout.flush()
+
+    context = multiprocessing.get_context("spawn")  # OpenVINO's and torch's threads do not survive a fork
+    with writer, ProcessPoolExecutor(args.workers, context, start_worker, (os.getpid(),)) as pool:
+        for number, photos in enumerate(people(pool, work, args.seed, args.photos, args.people, progress)):
+            name = f"p{number:05d}"
+            if not writer.done(name):
+                writer.add_identity(split_of(number), name, list(samples(name, photos)))
+    print(f"\r{args.people} people in {args.out}, {time.monotonic() - began:.0f} s. {work} may be deleted.")
+
+
+def samples(name: str, photos: list[Photo]) -> Iterator[Sample]:
+    for i, photo in enumerate(photos):
+        vectors = dict(zip(RECOGNISERS, photo.vectors, strict=True))
+        yield Sample(f"{name}_{i}", photo.jpeg, photo.landmarks, photo.factors, vectors)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Make photographs of people who do not exist, as a data set of data/SCHEMA.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="folder of the data set; the same command again continues it")
+    parser.add_argument("--people", type=positive, default=940, help="a larger number later adds people")
+    parser.add_argument("--photos", type=positive, default=6, help="of each person; one fewer is accepted")
+    parser.add_argument("--seed", type=int, default=1, help="of the people")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--shard-samples", type=positive, default=1024, help="a shard is closed at this many samples")
+    parser.add_argument("--work", type=Path, help="where finished people are kept (OUT/.work if not given)")
+    parser.add_argument("--report", action="store_true", help="only print the quality of the set at OUT")
+    parser.add_argument("--picture", type=Path, help="with --report: also write a contact sheet, rows = people")
+    args = parser.parse_args()
+    try:
+        if args.report:
+            import synthetic_report
+
+            print(synthetic_report.report(args.out))
+            if args.picture:
+                synthetic_report.contact_sheet(args.out, args.picture)
+        else:
+            write(args)
+    except AnonfwError as error:
+        print(f"synthetic_people: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
