@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anonfw.batch import FaceBatch, StepOut
+from anonfw.errors import AnonfwError
 from anonfw.losses.base import Loss
 
 
@@ -61,6 +62,12 @@ class System(lightning.LightningModule):
         """A fresh generator from (seed, domain, rank, index): the only source of randomness of systems and losses."""
         generator = torch.Generator(device=self.device)
         return generator.manual_seed(seed_of(self.seed, domain, self.global_rank, index))
+
+    def noise_of(self, batch: FaceBatch, domain: str, draw: int, shape: tuple[int, ...]) -> Tensor:
+        """(B,*shape) normal noise, each row from its own key: an output does not depend on who shares its batch."""
+        seeds = [seed_of(self.seed, domain, draw, key) for key in batch.key]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(batch.device)
 
     def total(self, batch: FaceBatch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, what to log). Keeps the per-sample terms for the guard that names a non-finite one."""
@@ -117,7 +124,7 @@ class System(lightning.LightningModule):
         missing = self.trained_names() ^ set(checkpoint["state_dict"])
         if missing:
             names = ", ".join(sorted(missing)[:5])
-            raise ValueError(f"the checkpoint is of another network: {len(missing)} parameters differ ({names}, ...)")
+            raise AnonfwError(f"the checkpoint is of another network: {len(missing)} parameters differ ({names}, ...)")
         self.batches_seen = checkpoint["batches_seen"]
         # Lightning loads strictly: give it back the frozen parameters as they stand.
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

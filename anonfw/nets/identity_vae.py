@@ -44,7 +44,7 @@ class IdentityVAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
         )
-        # Unit-norm embeddings have entries of about D^-1/2: brought to unit scale, so that the first layer starts alive.
+        # Unit-norm embeddings have entries of about D^-1/2: brought to unit scale, the first layer starts alive.
         self.input_scale = dim**0.5
 
     def encode(self, e: Tensor) -> Posterior:

@@ -23,7 +23,7 @@ from anonfw.batch import FaceBatch, StepOut
 from anonfw.nets.attention import GatedKV, install
 from anonfw.nets.identity_vae import IdentityVAE, Posterior, orthogonal
 from anonfw.nets.non_identity import Canvas, IdentityMask, NonIdentityExtractor, face_region
-from anonfw.system import System, seed_of
+from anonfw.system import System
 
 
 class ID2Face(System):
@@ -196,7 +196,7 @@ class ID2Face(System):
         super().validation_step(batch, batch_idx)
         e = self.embed(batch)
         z_s = self.vae.encode(e).mu
-        z_a = orthogonal(self.per_sample_noise(batch, "identity", 0, z_s.shape[1:]), z_s)
+        z_a = orthogonal(self.noise_of(batch, "identity", 0, z_s.shape[1:]), z_s)
         e_a = self.vae.decode(z_a)
         alike = (e_a @ e_a.T - torch.eye(len(e_a), device=e_a.device)).sum() / max(1, len(e_a) * (len(e_a) - 1))
         measured = {
@@ -225,7 +225,7 @@ class ID2Face(System):
         """OIM: z_r ~ N(0,I) at right angles to mu(x), decoded; optionally again in the recogniser's space. (B,dim)."""
         e = self.embed(batch)
         z_s = self.vae.encode(e).mu
-        z_r = self.per_sample_noise(batch, "identity", draw, z_s.shape[1:])
+        z_r = self.noise_of(batch, "identity", draw, z_s.shape[1:])
         if self.orthogonal_in == "none":
             return self.vae.decode(z_r)
         e_hat = self.vae.decode(orthogonal(z_r, z_s))
@@ -236,7 +236,7 @@ class ID2Face(System):
         visible, region = self.mask(x)
         c_n, c_id = self.extract(visible, region, batch), self.identity_tokens(e_hat)
         beside = self.beside(visible, region)
-        noise = self.per_sample_noise(batch, "noise", draw, (self.codec.channels, *beside.shape[2:]))
+        noise = self.noise_of(batch, "noise", draw, (self.codec.channels, *beside.shape[2:]))
         x_0 = diffusion.sample(
             self.noise,
             lambda x_t, t: self.predict(x_t, t, beside, c_id, c_n),
@@ -247,11 +247,3 @@ class ID2Face(System):
         )
         out = self.canvas.put(x, self.codec.decode(x_0).clamp(-1, 1))
         return x + self.paste_mask * (out - x) if self.paste else out
-
-    def per_sample_noise(self, batch: FaceBatch, domain: str, draw: int, shape: tuple[int, ...]) -> Tensor:
-        """(B,*shape): each row from its own key, so that an output does not depend on who shares the batch."""
-        rows = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(self.seed, domain, draw, key)))
-            for key in batch.key
-        ]
-        return torch.stack(rows).to(self.device)

@@ -38,7 +38,9 @@ class EMA(lightning.Callback):
             name: self.average[name].to(p.device) if name in self.average else p.detach().clone()
             for name, p in trained.items()
         }
-        self._last_step = trainer.global_step
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._last_step = trainer.global_step  # only now does it count the steps before a resume
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:

@@ -86,26 +86,34 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
         if node is not None and name != "test"
     }
     callbacks, loggers = built(recipe.get("callbacks"), folder), built(recipe.get("loggers"), folder)
-    if checkpoint is not None:
-        step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        for logger in loggers:
-            if hasattr(logger, "rewind"):
-                logger.rewind(step)
+    for logger in loggers:
+        if hasattr(logger, "rewind"):  # also without a checkpoint: a kill before the first one leaves lines, too
+            logger.rewind(runs.step_of(checkpoint) if checkpoint else 0)
     node = dict(recipe["trainer"])
     if node.get("precision") is None:
         node["precision"] = best_precision()
     trainer: lightning.Trainer = recipes.build(
         node, callbacks=callbacks, logger=loggers, default_root_dir=folder, enable_model_summary=False
     )
-    trainer.fit(
-        system, loaders["train"], loaders.get("validate"), ckpt_path=checkpoint and str(checkpoint), weights_only=True
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(
+            system,
+            loaders["train"],
+            loaders.get("validate"),
+            ckpt_path=checkpoint and str(checkpoint),
+            weights_only=True,
+        )
+    except SystemExit as end:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into exit code 1
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        for loader in loaders.values():
+            loader.close()
     save_average(trainer, system, folder)
     if trainer.is_global_zero and recipe.get("evaluate") is not None:
         report(system, recipe, folder, started)
-    runs.finish(folder, time.time() - started)
+    runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size)
 
 
 def built(nodes: Mapping[str, Any] | None, folder: Path) -> list:
@@ -115,7 +123,7 @@ def built(nodes: Mapping[str, Any] | None, folder: Path) -> list:
 
 
 def best_precision() -> str:
-    """bf16-mixed where the device computes it natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else 32-true."""
+    """bf16-mixed where the device computes it natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     import torch
 
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anonfw import recipe as recipes
+from anonfw.data.files import sha256_of
 from anonfw.errors import AnonfwError
 from anonfw.training import runs
 
@@ -63,28 +65,46 @@ def load_weights(system: Any, source: str | Path) -> None:
         first = (missing or extra or sorted(shapes))[0]
         raise AnonfwError(
             f"{source} does not fit this recipe's network: {len(missing)} parameters missing, {len(extra)} left over, "
-            f"{len(shapes)} of another shape (first: {first}). Change the network back, or start from scratch: init=null"
+            f"{len(shapes)} of another shape (first: {first}). Change the network back, or begin anew: init=null"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
-def load_system(place: str | Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
-    """(system with averaged weights, its recipe) of a run folder or of a checkpoint inside one.
+def run_files(place: str | Path) -> tuple[Path, Path]:
+    """(folder, file of weights) of a run folder or an export, or of a file of weights inside one.
+
+    A finished run has `model.safetensors`; of another one it is the newest checkpoint.
 
     Raises:
-        AnonfwError: no run there. RecipeError: the overrides do not fit the run's recipe.
+        AnonfwError: no run there, or none that has weights.
     """
     place = Path(place)
     folder = place if place.is_dir() else next((p for p in place.parents if (p / "recipe.yaml").exists()), place.parent)
     if not (folder / "recipe.yaml").exists():
         raise AnonfwError(f"{place} is no run folder: there is no recipe.yaml in it")
-    weights = place if place.is_file() else folder / "model.safetensors"
+    if place != folder:
+        return folder, place
+    weights = folder / "model.safetensors"
     if not weights.exists():
         weights = runs.newest(folder)
         if weights is None:
             raise AnonfwError(f"{folder} has no weights yet: it was stopped before its first checkpoint")
+    return folder, weights
+
+
+def load_system(place: str | Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(system with averaged weights, its recipe) of a run folder, of a checkpoint inside one, or of an export.
+
+    Raises:
+        AnonfwError: no run there, or an export that was damaged. RecipeError: the overrides do not fit the recipe.
+    """
+    folder, weights = run_files(place)
+    if (folder / "export.json").exists():
+        expected = json.loads((folder / "export.json").read_text())["sha256"]
+        if weights.name == "model.safetensors" and sha256_of(weights) != expected:
+            raise AnonfwError(f"{weights} is not the file that was exported (sha256 differs): copy it again")
     recipe = recipes.read(folder / "recipe.yaml", list(overrides))
     system = build_system(recipe)
     load_weights(system, weights)

@@ -46,7 +46,7 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Keeps what was logged at or before `step`; a line cut short by a kill goes too."""
+        """Keeps what `step` optimizer steps logged: Lightning counts them from 0. A line cut short by a kill goes too."""
         if not self.file.exists():
             return
         kept = []
@@ -55,7 +55,7 @@ class JsonLines(Logger):
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if entry["step"] is None or entry["step"] <= step:
+            if entry["step"] is None or entry["step"] < step:
                 kept.append(line + "\n")
         with atomic(self.file) as file:
             file.write("".join(kept).encode())

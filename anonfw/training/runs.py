@@ -38,12 +38,25 @@ def find_unfinished(name: str, mark: str, root: Path = ROOT) -> Path | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest readable checkpoint of a run folder: `last.ckpt`, else the one with the most steps."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        return last
-    others = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    return others[-1] if others else None
+    """The readable checkpoint of a run folder with the most steps; None if there is none.
+
+    Where /tmp is another disk than the run folder, Lightning's writing is not atomic: a kill may leave half a file.
+    """
+    found = [(step_of(path), path.name == "last.ckpt", path) for path in (folder / "checkpoints").glob("*.ckpt")]
+    found = [entry for entry in found if entry[0] is not None]
+    return max(found)[2] if found else None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Optimizer steps behind a checkpoint; None where the file is no whole checkpoint. Reads no tensors."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+        return None
 
 
 def create(name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None) -> Path:
@@ -96,9 +109,11 @@ def commit() -> str | None:
         return None
 
 
-def finish(folder: Path, seconds: float) -> None:
-    """Marks the run as finished: the same command starts a new one from now on."""
-    write_json(
-        folder / "finished.json",
-        {"seconds": round(seconds, 1), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
-    )
+def finish(folder: Path, seconds: float, steps: int, ranks: int) -> None:
+    """Marks the run as finished: the same command starts a new one from now on.
+
+    Args:
+        seconds: since the command was last started. steps: of the optimizer. ranks: processes that trained.
+    """
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_json(folder / "finished.json", {"seconds": round(seconds, 1), "time": stamp, "steps": steps, "ranks": ranks})
