@@ -1,8 +1,8 @@
 """Measured properties of a face: head pose (WHENet), 106 landmarks and what mouth, eyes and brows do, brightness.
 
 WHENet's convention was found by mirroring faces (docs/synthetic_people.md): RGB, ImageNet mean and standard deviation,
-channels last, 224 px, the face's box as a square without margin. Its signs are turned here so that they can be read
-off the picture: `yaw` > 0 looks to the image's right, `pitch` > 0 looks up, `roll` > 0 is tilted clockwise.
+channels last, 224 px, the face's box as a square without margin. The sign of yaw is turned here, so that all can
+be read off the picture: `yaw` > 0 looks to the image's right, `pitch` > 0 looks up, `roll` > 0 is tilted clockwise.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Attributes:
         blob = ((crop.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD)[None]
         angles = self.pose_session.run(["yaw", "pitch", "roll"], {"face": blob})
         yaw, pitch, roll = (float(np.ravel(angle)[0]) for angle in angles)
-        return -yaw, pitch, -roll
+        return -yaw, pitch, roll
 
     def landmarks(self, image: np.ndarray, landmarks5: np.ndarray) -> np.ndarray:
         """(106,2) points in pixels of `image`."""

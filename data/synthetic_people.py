@@ -173,15 +173,18 @@ def write(args: argparse.Namespace) -> None:
         sidecars={name: weight(name).sha256 for name in RECOGNISERS},
         about={"seed": args.seed, "photos": args.photos, "jpeg_quality": JPEG_QUALITY},
     )
-    began, first_found = time.monotonic(), None
+    began = time.monotonic()
+    shown, first_found = began, None
 
     def progress(tried: int, found: int) -> None:
-        nonlocal first_found
-        spent = time.monotonic() - began
+        nonlocal shown, first_found
+        now = time.monotonic()
         first_found = found if first_found is None else first_found
-        left = (args.people - found) * spent / max(found - first_found, 1)
-        print(f"\r{found}/{args.people} people of {tried} tried, {spent:.0f} s, about {left:.0f} s left ", end="")
-        sys.stdout.flush()
+        if now - shown >= (1 if sys.stdout.isatty() else 30):
+            shown = now
+            left = (args.people - found) * (now - began) / max(found - first_found, 1)
+            line = f"{found}/{args.people} people of {tried} tried, {now - began:.0f} s, about {left:.0f} s left"
+            print(line, end=" \r" if sys.stdout.isatty() else "\n", flush=True)
 
     context = multiprocessing.get_context("spawn")  # OpenVINO's and torch's threads do not survive a fork
     with writer, ProcessPoolExecutor(args.workers, context, start_worker, (os.getpid(),)) as pool:
@@ -189,7 +192,7 @@ def write(args: argparse.Namespace) -> None:
             name = f"p{number:05d}"
             if not writer.done(name):
                 writer.add_identity(split_of(number), name, list(samples(name, photos)))
-    print(f"\r{args.people} people in {args.out}, {time.monotonic() - began:.0f} s. {work} may be deleted.")
+    print(f"{args.people} people in {args.out}, {time.monotonic() - began:.0f} s. {work} may be deleted.")
 
 
 def samples(name: str, photos: list[Photo]) -> Iterator[Sample]:
