@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint
 class Checkpoints(Checkpoint):
     """`checkpoints/step=N.ckpt` each `every` optimizer steps and at the end, and `last.ckpt`, the newest of them.
 
-    Lightning's `ModelCheckpoint` writes through /tmp, which is atomic only if that is the same disk; it puts a save on an
-    epoch's last batch off until after the next validation; and after a resume it saves again between two batches
+    Lightning's `ModelCheckpoint` writes through /tmp, which is atomic only if that is the same disk; it puts a save on
+    an epoch's last batch off until after the next validation; and after a resume it saves again between two batches
     whose gradients are accumulated, which it does not store. What it saves is the same.
 
     Args:

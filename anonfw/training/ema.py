@@ -30,7 +30,7 @@ class EMA(lightning.Callback):
         self.average: dict[str, Tensor] = {}
         self._last_step = -1
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
         if self.average and self.average.keys() != trained.keys():
             raise ValueError("the checkpoint's average is of other parameters than this recipe trains")

@@ -46,7 +46,7 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Keeps what `step` optimizer steps logged: Lightning counts them from 0. A line cut short by a kill goes too."""
+        """Keeps what the first `step` optimizer steps logged (they count from 0); a line cut short by a kill goes."""
         if not self.file.exists():
             return
         kept = []
