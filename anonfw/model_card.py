@@ -44,8 +44,8 @@ OUT_OF_SCOPE = (
     "Anything that needs a guarantee. The numbers here hold for the recogniser, the threshold and the people that they "
     "were measured on; another recogniser, the background, clothes, gait, text, metadata or several photographs of one "
     "event can still tell who somebody is. Not for impersonation, not for putting a chosen person's face into a "
-    "picture, and not for evading a lawful identity check. Faces outside what it was trained on (size, pose, age, skin tone, "
-    "occlusion) are anonymized less well, or worse to look at."
+    "picture, and not for evading a lawful identity check. Faces outside what it was trained on (size, pose, age, skin "
+    "tone, occlusion) are anonymized less well, or worse to look at."
 )
 
 
