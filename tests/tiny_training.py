@@ -1,0 +1,134 @@
+"""Trainings of seconds: every recipe as it is, only smaller, on the `tiny_faces`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor
+
+from anonfw import recipe as recipes
+from anonfw.batch import FaceBatch, StepOut
+from anonfw.losses.base import Loss
+from anonfw.recipe import Recipe
+from anonfw.training import fit as fitting
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "id2face.yaml"
+STEPS = 6
+
+SMALL = (
+    "init=null",
+    "system.unet.widths=[16,32,32]",
+    "system.token_width=32",
+    "system.latent_dim=8",
+    "evaluate=null",
+    "trainer.precision=32-true",
+    f"trainer.max_steps={STEPS}",
+    "trainer.log_every_n_steps=1",
+    "trainer.val_check_interval=100",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+    "callbacks.checkpoint.every=1",
+    # Three batches an epoch: a training of six steps crosses epochs.
+    "data.train.limit_samples=12",
+    "data.validate.limit_samples=8",
+)
+
+
+def overrides(faces: Path, *more: str) -> list[str]:
+    """`key=value`s that make a recipe of the family of recipes/id2face.yaml a matter of seconds."""
+    data = []
+    for name in ("train", "validate", "test"):
+        data += [f"data.{name}.dataset={faces}", f"data.{name}.batch_size=4", f"data.{name}.workers=0"]
+    return [*SMALL, *data, *more]
+
+
+def recipe(faces: Path, *more: str, path: Path = RECIPE) -> Recipe:
+    """The tiny recipe, checked."""
+    return recipes.read(path, overrides(faces, *more))
+
+
+def train(tiny: Recipe, new: bool = False) -> Path:
+    """What the verb `fit` does, in this process; returns the run folder."""
+    folder, checkpoint = fitting.open_run(tiny, new=new)
+    fitting.fit(tiny, folder, checkpoint)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path, name: str = "train/loss") -> dict[int, float]:
+    """Step -> value; asserts that no step was logged twice."""
+    entries = [(entry["step"], entry[name]) for entry in metrics(folder) if name in entry]
+    assert len(dict(entries)) == len(entries), f"{name} was logged twice at a step: {entries}"
+    return dict(entries)
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+
+
+def differences(one: object, other: object, at: str = "") -> list[str]:
+    """Where two trees of a checkpoint differ by as little as a bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [at]
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{at}.{key}" for key in one.keys() ^ other.keys()]
+        return found + [
+            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{at}.{key}")
+        ]
+    if (
+        isinstance(one, Sequence)
+        and isinstance(other, Sequence)
+        and not isinstance(one, str)
+        and len(one) == len(other)
+    ):
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{at}.{i}")]
+    return [] if one == other else [at]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Parameters, averages, optimizer, schedule, loader and counters: bit for bit."""
+    first, second = checkpoint(one), checkpoint(other)
+    assert len(first["state_dict"]) > 50
+    assert differences(first, second) == []
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+class PlantedNaN(Loss):
+    """Zero, but from the `after`-th call on NaN for the sample in row 1. For recipes of tests."""
+
+    def __init__(self, after: int, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.after, self.calls = after, 0
+
+    def forward(self, out: StepOut, batch: FaceBatch) -> Tensor:
+        self.calls += 1
+        zero = 0.0 * out.prediction.flatten(1).mean(1)
+        zero[1] = float("nan") if self.calls >= self.after else 0.0
+        return zero
+
+
+class Hold(lightning.Callback):
+    """Waits for its killer before batch `batch`, as long as FOLDER.hold exists; says so in FOLDER.held."""
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        self.hold, self.held, self.batch = Path(f"{folder}.hold"), Path(f"{folder}.held"), batch
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 < self.batch:
+            return
+        until = time.monotonic() + 120
+        while self.hold.exists():
+            self.held.touch()
+            assert time.monotonic() < until, "nobody came to kill this process"
+            time.sleep(0.02)
