@@ -121,10 +121,11 @@ class System(lightning.LightningModule):
         checkpoint["batches_seen"] = self.batches_seen
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        missing = self.trained_names() ^ set(checkpoint["state_dict"])
-        if missing:
-            names = ", ".join(sorted(missing)[:5])
-            raise AnonfwError(f"the checkpoint is of another network: {len(missing)} parameters differ ({names}, ...)")
+        ours = {name: parameter.shape for name, parameter in self.named_parameters() if parameter.requires_grad}
+        theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if differ := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+            names = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
+            raise AnonfwError(f"the checkpoint is of another network: {len(differ)} parameters differ ({names})")
         self.batches_seen = checkpoint["batches_seen"]
         # Lightning loads strictly: give it back the frozen parameters as they stand.
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

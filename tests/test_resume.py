@@ -169,7 +169,7 @@ def test_a_half_written_checkpoint_is_passed_over(tiny_faces, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tiny_faces, tmp_path, root):
-    """A real process with real loader workers, killed between two steps with a step behind it that no checkpoint has."""
+    """A real process with a loader worker, killed between two steps, one step behind it that no checkpoint has."""
     more = [
         "callbacks.checkpoint.every=2",
         "callbacks.hold={_target_: tiny_training.Hold, _partial_: true, batch: 3}",

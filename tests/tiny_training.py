@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
@@ -79,18 +78,13 @@ def differences(one: object, other: object, at: str = "") -> list[str]:
     """Where two trees of a checkpoint differ by as little as a bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [at]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f"{at}.{key}" for key in one.keys() ^ other.keys()]
-        return found + [
-            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{at}.{key}")
-        ]
-    if (
-        isinstance(one, Sequence)
-        and isinstance(other, Sequence)
-        and not isinstance(one, str)
-        and len(one) == len(other)
-    ):
-        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{at}.{i}")]
+        for key in one.keys() & other.keys():
+            found += differences(one[key], other[key], f"{at}.{key}")
+        return found
     return [] if one == other else [at]
 
 
@@ -122,9 +116,7 @@ class Hold(lightning.Callback):
     def __init__(self, folder: Path, batch: int) -> None:
         self.hold, self.held, self.batch = Path(f"{folder}.hold"), Path(f"{folder}.held"), batch
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: object) -> None:
         if trainer.fit_loop.total_batch_idx + 1 < self.batch:
             return
         until = time.monotonic() + 120
