@@ -103,13 +103,14 @@ class System(lightning.LightningModule):
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None,
-        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip for fused optimizers under mixed precision; without a gradient scaler that is sound.
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val
-            )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def trained_names(self) -> set[str]:
         """Names in `state_dict` that are trained: frozen networks come from the weights table, not from checkpoints."""

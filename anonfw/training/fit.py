@@ -45,6 +45,8 @@ def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | No
         folder = Path(recipe["run"])
         if not (folder / "run.json").exists():
             return runs.create(recipe.name, text, folder=folder), None
+        if new:
+            raise AnonfwError(f"--new, but {folder} holds a run already; name another folder")
         if (folder / "recipe.yaml").read_text() != text:
             raise AnonfwError(
                 f"{folder} holds a run of another recipe (compare {folder / 'recipe.yaml'}); name another folder"
