@@ -8,10 +8,15 @@ aligned data set needs no landmarks to be recognised.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+if TYPE_CHECKING:  # processes that only detect and crop import this file: they must not load torch for it
+    import torch
+    from torch import Tensor
 
 # insightface's arcface_dst: eyes, nose tip, mouth corners in a 112 x 112 crop (pixel centres).
 ARCFACE_TEMPLATE = np.array(
@@ -91,20 +96,53 @@ def window_to_arcface(images: Tensor, alignment: str, out: int = 112) -> Tensor:
     Raises:
         ValueError: unknown alignment.
     """
+    return window(images, alignment, (0.0, 0.0, 112.0), out)
+
+
+def window(images: Tensor, alignment: str, place: tuple[float, float, float], out: int) -> Tensor:
+    """A square window of aligned images, differentiably: (B,3,S,S) in [-1,1] -> (B,3,out,out).
+
+    Linear interpolation; where the window shrinks, antialiased like torchvision's and PIL's resize. What lies outside
+    the image repeats its border.
+
+    Args:
+        place: (x, y, side) of the window in the units of the 112-pixel arcface crop, in which that crop is (0, 0, 112)
+            and the portrait crop (-14, -11.25, 140).
+    Raises:
+        ValueError: unknown alignment.
+    """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; there are {', '.join(ALIGNMENTS)}")
-    if alignment == "arcface":
-        if images.shape[-1] == out:
-            return images
-        return F.interpolate(images, (out, out), mode="bilinear", align_corners=False, antialias=True)
+    scale, offset = (PORTRAIT_SCALE, PORTRAIT_OFFSET) if alignment == "portrait" else (1.0, (0.0, 0.0))
     size = images.shape[-1]
-    x, y, side = arcface_window(size)
-    # Pixel centres of the crop, mapped to the source and to grid_sample's [-1,1].
-    steps = (torch.arange(out, device=images.device, dtype=torch.float32)) * (side / out)
-    grid_x, grid_y = (x + steps + 0.5) * 2 / size - 1, (y + steps + 0.5) * 2 / size - 1
-    grid = torch.stack(torch.meshgrid(grid_x, grid_y, indexing="xy"), -1)
-    grid = grid.expand(images.shape[0], -1, -1, -1).to(images.dtype)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    x, y, side = scale * place[0] + float(offset[0]), scale * place[1] + float(offset[1]), scale * place[2]
+    unit = size / 112.0
+    if (x, y, side) == (0.0, 0.0, 112.0) and size == out:
+        return images
+    import torch
+
+    # Autocast would round pixels and weights to bf16.
+    with torch.autocast(images.device.type, enabled=False):
+        rows = _resampling(size, y * unit, side * unit, out, images.device, images.dtype)
+        columns = _resampling(size, x * unit, side * unit, out, images.device, images.dtype)
+        return rows @ (images @ columns.T)
+
+
+@lru_cache(maxsize=64)
+def _resampling(size: int, start: float, side: float, out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(out,size) weights that resample a line of `size` pixels: output i lies on pixel start + i side/out."""
+    import torch
+
+    step = side / out
+    support = max(step, 1.0)
+    centres = start + np.arange(out) * step
+    pixels = np.ceil(centres - support)[:, None] + np.arange(2 * math.ceil(support) + 1)
+    weights = np.clip(1 - np.abs(pixels - centres[:, None]) / support, 0, None)
+    matrix = np.zeros((out, size))
+    inside = np.clip(pixels, 0, size - 1).astype(int)
+    np.add.at(matrix, (np.arange(out)[:, None], inside), weights / weights.sum(1, keepdims=True))
+    with torch.inference_mode(False):  # it is kept, and may next be wanted for a gradient
+        return torch.from_numpy(matrix).to(device, dtype)
 
 
 def warp_batch(images: Tensor, matrices: Tensor, out: int) -> Tensor:
@@ -112,6 +150,9 @@ def warp_batch(images: Tensor, matrices: Tensor, out: int) -> Tensor:
 
     Pixel (i,j) is the centre of the pixel, as in `warp`.
     """
+    import torch
+    import torch.nn.functional as F
+
     b, _, h, w = images.shape
     full = torch.zeros(b, 3, 3, device=images.device, dtype=torch.float32)
     full[:, :2] = matrices.to(torch.float32)

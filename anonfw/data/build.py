@@ -240,6 +240,7 @@ def build(
                 for item in skipped:
                     if item.photo not in listed:
                         log.write(json.dumps(vars(item), ensure_ascii=False) + "\n")
+                log.flush()  # before the person can be in a finished shard: it is not looked at again then
                 if samples:
                     writer.add_identity(split_of(person.name, splits, seed), person.name, samples)
                 counts["identities"] += bool(samples)
