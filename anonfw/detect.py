@@ -12,10 +12,9 @@ import numpy as np
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2  # per cell
-LARGEST = 640  # the network sees no image with a longer side ...
-SMALLEST = 320  # ... and none with a shorter one: a 112 px crop is enlarged first
-BORDER = 0.2  # a face that fills its crop is found better with some canvas around it
-LANDMARK_106 = 106
+LARGEST = 640  # the network sees no longer side
+CLOSE = 320  # canvas for crops: small pictures are enlarged into it, with a border of ...
+BORDER = 0.2  # ... this share of the picture, since a face that fills its picture is not found
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,15 @@ class Detector:
         Raises:
             ValueError: the image is not (h,w,3) uint8, or smaller than 16 px.
         """
-        canvas, scale, shift = self._letterbox(check_image(image))
+        check_image(image)
+        faces = None
+        if max(image.shape[:2]) * (1 + 2 * BORDER) > CLOSE:
+            faces = self._detect(image, threshold, LARGEST, 0.0)
+        # A small picture, or a large one without a face so far: perhaps the face fills it.
+        return faces if faces else self._detect(image, threshold, CLOSE, BORDER)
+
+    def _detect(self, image: np.ndarray, threshold: float, side: int, border: float) -> Faces:
+        canvas, scale, shift = letterbox(image, side, border)
         blob = (canvas.astype(np.float32).transpose(2, 0, 1)[None] - 127.5) / 128.0
         raw = [
             np.asarray(value).reshape(-1, np.shape(value)[-1])
@@ -135,25 +142,28 @@ class Detector:
             all_scores[order].astype(np.float32),
         )
 
-    @staticmethod
-    def _letterbox(image: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-        """Canvas whose sides are multiples of 32, the enlargement, and the (x,y) shift of the image in the canvas."""
-        import cv2
 
-        height, width = image.shape[:2]
-        small = max(height, width) <= SMALLEST
-        side = SMALLEST if small else LARGEST
-        border = BORDER if small else 0.0
-        scale = min(side / (1 + 2 * border) / max(height, width), 1.0 if not small else np.inf)
-        new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        resized = cv2.resize(image, (new_width, new_height), interpolation=method)
-        if small:
-            canvas_width = canvas_height = side
-        else:
-            canvas_width, canvas_height = -(-new_width // 32) * 32, -(-new_height // 32) * 32
-        canvas = np.full((canvas_height, canvas_width, 3), 127, np.uint8)
-        left = (canvas_width - new_width) // 2 if small else 0
-        top = (canvas_height - new_height) // 2 if small else 0
-        canvas[top : top + new_height, left : left + new_width] = resized
-        return canvas, scale, np.array([left, top], np.float32)
+def letterbox(image: np.ndarray, side: int, border: float) -> tuple[np.ndarray, float, np.ndarray]:
+    """The picture on a grey canvas that SCRFD can take: sides are multiples of 32.
+
+    Args:
+        image: (h,w,3) uint8.
+        side: longest side of the canvas; a picture without border is only shrunk to it, never enlarged.
+        border: grey on each side, as a share of the picture's longer side.
+    Returns:
+        canvas, scale from picture to canvas, (2,) x and y of the picture's corner in the canvas.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    scale = side / (1 + 2 * border) / max(height, width)
+    if not border:
+        scale = min(scale, 1.0)
+    new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (new_width, new_height), interpolation=method)
+    canvas_width, canvas_height = (side, side) if border else (-(-new_width // 32) * 32, -(-new_height // 32) * 32)
+    left, top = ((canvas_width - new_width) // 2, (canvas_height - new_height) // 2) if border else (0, 0)
+    canvas = np.full((canvas_height, canvas_width, 3), 127, np.uint8)
+    canvas[top : top + new_height, left : left + new_width] = resized
+    return canvas, scale, np.array([left, top], np.float32)

@@ -29,7 +29,7 @@ MOVED = {"yaw": (0, 1, 2), "pitch": (0, 1, 2), "mouth_open": (0, 1, 2, 3), "smil
 SPREAD = {"yaw": 1.05, "pitch": 0.8, "mouth_open": 1.3, "smile": 1.0, "eye_open": 1.0}  # in standard deviations
 LONGEST_MOVE = 2.2
 TRUNCATION, OTHER_TRUNCATION = (0.7, 0.95), 0.75  # of people, and of whom the fine layers come from
-# Levels from 128 px on carry light and colours: another person's cost a cosine of .1. The level below costs .33.
+# Levels from 128 px on carry light and colours: somebody else's cost a cosine of .1, with the level below .3.
 FINE, MIDDLE = (5, 6, 7), 4
 FINE_SHARE, MIDDLE_SHARE = (0.6, 1.0), (0.0, 0.35)
 EXTRA_PHOTOS = 2  # tried beyond those asked for before a person is given up

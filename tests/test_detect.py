@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anonfw.align import similarity, template, warp
 from anonfw.data.card import Card
 from anonfw.detect import Detector, Faces, non_maximum_suppression
 
@@ -51,6 +52,30 @@ def test_a_portrait_crop_has_one_face_where_its_record_says(detector, portraits)
         assert faces.boxes.dtype == faces.landmarks.dtype == faces.scores.dtype == np.float32
         errors.append(np.linalg.norm(faces.landmarks[0] - landmarks, axis=1).mean())
     assert np.mean(errors) < 2.0 and max(errors) < 4.0
+
+
+@pytest.mark.parametrize("side", [64, 224, 256, 700])
+def test_a_face_that_fills_its_picture_is_found_at_any_size(detector, portraits, side):
+    for image, landmarks in portraits[:8]:
+        points = landmarks.astype(np.float64)
+        crop = warp(image, similarity(points, template("arcface", side)), side)
+        faces = detector.detect(crop)
+        assert len(faces) == 1
+        error = np.linalg.norm(faces.landmarks[0] - template("arcface", side), axis=1).mean()
+        assert error < 5 * side / 112
+
+
+@pytest.mark.shared
+def test_real_photographs(detector, real_data):
+    """The named person of an LFW photo is the face at its centre."""
+    photos = sorted((real_data / "lfw").glob("A*/*_0001.jpg"))[:40]
+    central = 0
+    for path in photos:
+        image = cv2.imread(str(path))[..., ::-1]
+        faces = detector.detect(np.ascontiguousarray(image))
+        centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
+        central += bool((np.abs(centres - np.array(image.shape[1::-1]) / 2).max(1) < 25).any())
+    assert len(photos) == 40 and central >= 39
 
 
 def test_several_faces_largest_first(detector, portraits):

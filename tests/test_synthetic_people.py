@@ -290,7 +290,7 @@ def test_directions_move_what_they_are_named_after(studio):
     mean = studio.fitted["mean"]
     for name, levels in synthetic_studio.MOVED.items():
         rises, same = [], []
-        for seed in range(3):
+        for seed in range(2):
             style, _ = studio.base(seed=77, number=seed)
             ends = []
             for step in (-1.2, 1.2):
@@ -300,7 +300,7 @@ def test_directions_move_what_they_are_named_after(studio):
             if None not in ends:
                 rises.append(ends[1].factors[name] - ends[0].factors[name])
                 same.append(cosines(ends[0].vectors, ends[1].vectors).mean())
-        assert len(rises) >= 2 and min(rises) > 0, name
+        assert len(rises) == 2 and min(rises) > 0, name
         assert np.mean(same) > 0.3, name
     assert mean.shape == (512,)
 
