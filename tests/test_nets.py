@@ -87,12 +87,14 @@ def test_unet_from_a_folder_reads_more_channels(tmp_path):
     """As inpainting models do: with zeros in the added channels, the network is the released one."""
     released = small_unet(4, 4, 8, 16, widths=(16, 32), attention=(False, True), heads=2).eval()
     released.save_pretrained(tmp_path / "unet")
-    wide = pretrained_unet(9, 4, str(tmp_path)).eval()
+    wide = pretrained_unet(9, 4, 8, 16, str(tmp_path)).eval()
     x, t, tokens = randn(2, 4, 8, 8), torch.tensor([5, 800]), randn(2, 3, 16)
     beside = torch.cat([x, randn(2, 5, 8, 8, seed=4)], 1)
     torch.testing.assert_close(wide(beside, t, tokens).sample, released(x, t, tokens).sample)
+    with pytest.raises(ValueError, match="token_width"):
+        pretrained_unet(9, 4, 8, 24, str(tmp_path))
     with pytest.raises(ValueError, match="codec"):
-        pretrained_unet(25, 12, str(tmp_path))
+        pretrained_unet(25, 12, 8, 16, str(tmp_path))
 
 
 @given(patch=st.sampled_from([1, 2, 4]), seed=st.integers(0, 2**32))

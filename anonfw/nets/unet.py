@@ -45,6 +45,8 @@ def small_unet(
 def pretrained_unet(
     in_channels: int,
     out_channels: int,
+    grid: int,  # noqa: ARG001 a convolutional network takes any grid
+    token_width: int,
     source: str,
     subfolder: str | None = "unet",
     revision: str | None = None,
@@ -54,12 +56,14 @@ def pretrained_unet(
     The added input channels start at zero, so that the network begins as the released one (as inpainting models do).
     Raises:
         OSError: the weights are neither in the folder nor in the hub's cache (diffusers names what is missing).
-        ValueError: the released network has more channels, or another number of outputs.
+        ValueError: the released network has more channels, another number of outputs, or tokens of another width.
     """
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(source, subfolder=subfolder, revision=revision)
     old = unet.conv_in
+    if unet.config.cross_attention_dim != token_width:
+        raise ValueError(f"{source} reads tokens of width {unet.config.cross_attention_dim}: set token_width to that")
     if unet.config.out_channels != out_channels or in_channels < old.in_channels:
         raise ValueError(
             f"{source} has {old.in_channels} channels in and {unet.config.out_channels} out; "
