@@ -60,3 +60,45 @@ def test_batched_warp_is_the_image_warp():
     image = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 127.5 - 1
     ours = align.warp_batch(image, torch.from_numpy(matrix)[None], 112)[0].permute(1, 2, 0).numpy()
     assert np.abs(ours - expected)[2:-2, 2:-2].mean() < 0.01
+
+
+def test_a_shrinking_window_does_not_alias():
+    """A pattern finer than the recogniser's pixels becomes its mean; sampled without a filter it would be a new one."""
+    stripes = torch.tensor([-1.0, 1.0]).repeat(160)
+    fine = stripes.expand(1, 3, 320, 320).contiguous()
+    for out in (112, 96):
+        window = align.window_to_arcface(fine, "portrait", out)
+        assert window.abs().max() < 0.35 and window.mean().abs() < 0.02
+    coarse = torch.nn.functional.interpolate(torch.eye(20).expand(1, 3, 20, 20), (320, 320), mode="bilinear")
+    small = torch.nn.functional.interpolate(torch.eye(20).expand(1, 3, 20, 20), (140, 140), mode="bilinear")
+    both = [align.window_to_arcface(images, "portrait") for images in (coarse, small)]
+    assert (both[0] - both[1])[..., 2:-2, 2:-2].abs().max() < 0.12
+
+
+@pytest.mark.parametrize(("size", "out"), [(112, 112), (128, 112), (112, 160)])
+def test_a_window_that_does_not_shrink_is_plain_bilinear(size: int, out: int):
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y, side = align.arcface_window(size)
+    steps = torch.arange(out, dtype=torch.float64) * side / out
+    grid = torch.stack(torch.meshgrid(*((start + steps + 0.5) * 2 / size - 1 for start in (x, y)), indexing="xy"), -1)
+    expected = torch.nn.functional.grid_sample(images, grid.expand(2, -1, -1, -1), align_corners=False)
+    torch.testing.assert_close(align.window_to_arcface(images, "portrait", out), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("alignment", align.ALIGNMENTS)
+def test_any_window_and_what_lies_outside(alignment: str):
+    """A ramp stays a ramp, in the units of the arcface crop; beyond the picture its border goes on."""
+    scale, offset = (0.8, 11.2) if alignment == "portrait" else (1.0, 0.0)
+    ramp = ((torch.arange(112.0) - offset) / scale).expand(1, 3, 112, 112).contiguous()
+    window = align.window(ramp, alignment, (-30.0, 10.0, 80.0), 160)[0, 0, 0]
+    wanted = (-30 + torch.arange(160.0) / 2).clamp(min=-offset / scale)
+    torch.testing.assert_close(window, wanted, atol=1e-4, rtol=0)
+    assert align.window(ramp, "arcface", (0.0, 0.0, 112.0), 112) is ramp
+
+
+def test_windows_differentiate_after_inference_mode():
+    images = torch.zeros(1, 3, 190, 190)
+    with torch.inference_mode():
+        align.window_to_arcface(images, "portrait")
+    align.window_to_arcface(images.requires_grad_(), "portrait").sum().backward()
+    assert images.grad.sum() == pytest.approx(3 * 112 * 112, rel=1e-4)
