@@ -48,9 +48,9 @@ CASES = {
     "before the first checkpoint": (["callbacks.checkpoint.every=4"], 2, None),
     "validation": (["callbacks.checkpoint.every=2", "trainer.val_check_interval=2"], 5, 4),
     "bf16": (["callbacks.checkpoint.every=2", "trainer.precision=bf16-mixed", "trainer.val_check_interval=3"], 5, 4),
-    # Epochs of four batches, each step over two of them; cut between the two of a step.
+    # One epoch, each step over two batches; cut between the two of a step.
     "accumulated": (
-        ["trainer.accumulate_grad_batches=2", "data.train.limit_samples=16", "trainer.max_steps=3"], 3, 1,
+        ["trainer.accumulate_grad_batches=2", "data.train.limit_samples=60", "trainer.max_steps=3"], 3, 1,
     ),
 }  # fmt: skip
 
@@ -95,9 +95,11 @@ def test_the_same_command_again_ends_bitwise_equal(case, tiny_faces, tmp_path, m
     assert (folder / "finished.json").exists()
 
 
-def test_a_run_that_was_cut_twice(tiny_faces, tmp_path, monkeypatch, undisturbed):
+@pytest.mark.slow
+def test_a_run_that_was_cut_after_each_step(tiny_faces, tmp_path, monkeypatch, undisturbed):
+    """Resumed from resumed runs, in and at the end of epochs."""
     recipe = tiny.recipe(tiny_faces, f"run={tmp_path / 'run'}")
-    for batch in (2, 4):
+    for batch in range(1, tiny.STEPS):
         folder = train_until(monkeypatch, recipe, batch)
     tiny.train(recipe)
     tiny.assert_same_end(folder, undisturbed([]))
@@ -225,7 +227,7 @@ def test_a_resumed_run_needs_the_same_data(tiny_faces, tmp_path, monkeypatch):
     from anonfw.data.card import DataError
 
     left = runs.newest(train_until(monkeypatch, tiny.recipe(tiny_faces, f"run={tmp_path / 'run'}"), 2))
-    recipe = tiny.recipe(tiny_faces, "data.train.limit_samples=16", f"run={tmp_path / 'other'}")
+    recipe = tiny.recipe(tiny_faces, "data.train.limit_samples=18", f"run={tmp_path / 'other'}")
     folder, _ = fitting.open_run(recipe)
     with pytest.raises(DataError, match="other data"):
         fitting.fit(recipe, folder, left)

@@ -83,6 +83,11 @@ def test_the_loss_curve_is_the_one_in_git(run):
         assert found[name] == pytest.approx(values, rel=golden["relative_tolerance"]), name
 
 
+def test_the_tiny_trainings_cross_epochs(tiny_faces):
+    loader = recipes.build(tiny.recipe(tiny_faces)["data"]["train"])()
+    assert len(loader) == 3 < tiny.STEPS
+
+
 def test_the_total_is_the_weighted_sum(run, tiny_faces):
     losses = tiny.recipe(tiny_faces)["system"]["losses"]
     for entry in tiny.metrics(run):
