@@ -103,6 +103,43 @@ class GatedKV(nn.Module):
         return F.adaptive_avg_pool2d(image, (side, side)).flatten(2).transpose(1, 2)
 
 
+class ConcatKV(nn.Module):
+    """IDDiffuse's and DCFace's rule (Eq. 8): keys and values of the condition stand beside those of the features.
+
+        out = softmax(Q [K, K_c]^T / sqrt(d)) [V, V_c],   Q, K, V of the hidden state, K_c, V_c of the condition
+
+    It sits in a cross-attention layer, whose own projections are those of the condition; K and V are added.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own_k = nn.Linear(width, width, bias=False)
+        self.own_v = nn.Linear(width, width, bias=False)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 part of diffusers' processor signature
+        temb: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """h (B,S,C), condition in `encoder_hidden_states` (B,N,D) -> (B,S,C)."""
+        h, c = hidden_states, encoder_hidden_states
+        b, s, width = h.shape
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(b, -1, attn.heads, width // attn.heads).transpose(1, 2)
+
+        k = heads(torch.cat([self.own_k(h), attn.to_k(c)], 1))
+        v = heads(torch.cat([self.own_v(h), attn.to_v(c)], 1))
+        out = F.scaled_dot_product_attention(heads(attn.to_q(h)), k, v).transpose(1, 2).reshape(b, s, width)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
 def install(unet: nn.Module, make) -> None:
     """Gives every cross-attention layer of a diffusers U-Net the processor `make(attn)`; self-attention stays its own.
 

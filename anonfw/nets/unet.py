@@ -17,12 +17,14 @@ def small_unet(
     attention: Sequence[bool] = (False, True, True),
     blocks: int = 1,
     heads: int = 4,
+    vector_width: int | None = None,
 ) -> nn.Module:
     """A `UNet2DConditionModel` for grids of `grid` x `grid`: one width a level, halved between levels.
 
     Args:
         attention: which levels have self- and cross-attention (the middle always has).
         blocks: residual blocks a level. heads: of every attention.
+        vector_width: of a vector that is added to the time embedding (diffusers' `class_labels`); None for none.
     """
     from diffusers import UNet2DConditionModel
 
@@ -39,6 +41,8 @@ def small_unet(
         cross_attention_dim=token_width,
         attention_head_dim=heads,
         norm_num_groups=16,
+        class_embed_type="simple_projection" if vector_width else None,
+        projection_class_embeddings_input_dim=vector_width,
     )
 
 
