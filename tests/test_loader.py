@@ -297,7 +297,7 @@ def test_resumed_run_sees_the_rest(dataset: Path, loader, mode: str, stop: int):
     first = loader(dataset, batch_size=6, **extra)
     assert stream(first, stop) == whole[:stop]
     state = first.state_dict()
-    places = [(1, 0), (2, 0), (3, 0)] + ([(1, 1), (2, 2), (3, 3)] if stop == 4 and mode == "pairs" else [])
+    places = [(1, 0), (2, 0), (3, 0)] + ([(1, 1), (1, 3), (2, 2)] if stop == 4 and mode == "pairs" else [])
     for world, workers in places:
         ranks = [
             loader(dataset, batch_size=6 // world, rank=r, world=world, workers=workers, **extra) for r in range(world)
@@ -367,7 +367,7 @@ def test_workers_end_with_their_loader(dataset: Path):
     processes = train._decoder._workers
     assert all(process.poll() is None for process in processes)
     train.close()
-    assert [process.poll() for process in processes] == [0, 0]
+    assert all(process.poll() is not None for process in processes)
     assert len(list(train)) == 9  # they start again; one batch of the ten was taken before
     train.close()
 

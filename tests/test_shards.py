@@ -24,6 +24,7 @@ from anonfw.data.embeddings import Sidecar, load_embeddings, read_record, sideca
 from anonfw.data.index import NO_IMAGE, NO_RECORD, OK, TRUNCATED, Index, build_index, index_path, open_index
 from anonfw.data.verify import verify_dataset
 from anonfw.data.writer import DatasetWriter, Sample
+from anonfw.identity.base import Recognizer
 
 
 @pytest.fixture
@@ -399,23 +400,20 @@ def test_sidecar_refusals_say_what_to_run(dataset: Path):
         Sidecar(dataset, shards, tiny.ENCODER)
 
 
-class MeanColour:
-    """Stands where a recogniser does: three numbers a picture. Counts its calls, and can be stopped."""
+class MeanColour(Recognizer):
+    """The smallest recogniser: three numbers a picture. Counts its calls, and can be stopped."""
 
     name, dim, size, sha256, licence = "mean_colour", 3, 112, "c" * 64, "none"
 
     def __init__(self, calls: int = 10**9) -> None:
+        super().__init__()
         self.calls, self.left = 0, calls
 
-    def to(self, device):
-        return self
-
-    def __call__(self, images):
+    def embed(self, images):
         if self.calls >= self.left:
             raise KeyboardInterrupt
         self.calls += 1
-        means = images.mean((2, 3)) + 2
-        return means / means.norm(dim=1, keepdim=True)
+        return images.mean((2, 3)) + 2
 
 
 def test_embedding_goes_on_after_an_interruption(dataset: Path):

@@ -123,6 +123,7 @@ def test_image_folder_script(root: Path, script, photos: Path, tmp_path: Path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_killed_script_continues(root: Path, photos: Path, tmp_path: Path):
     for number in range(12, 44):
         shutil.copytree(photos / "person_05", photos / f"person_{number:03d}")
@@ -224,6 +225,7 @@ def test_folders_with_detection_and_factors(scene, tmp_path: Path):
     assert "no face found" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_lfw_script(script, real_data: Path, weights, tmp_path: Path):
     arguments = ("--limit", 8, "--alignment", "portrait", "--size", 96, "--factors", "--workers", 1)

@@ -164,10 +164,7 @@ def _stop(workers: list[subprocess.Popen], owner: int) -> None:
         return
     for worker in workers:
         worker.stdin.close()
+        worker.terminate()  # it holds nothing that could be lost; one that is still starting would see the end late
     for worker in workers:
-        try:
-            worker.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        worker.wait()
         worker.stdout.close()

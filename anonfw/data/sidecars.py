@@ -112,25 +112,6 @@ def _embed_shard(
     return found
 
 
-def open_encoder(name: str) -> Recognizer:
-    """A recogniser of `anonfw.identity` by the name of its weights: `arcface_mbf` is `ArcFace(weights="arcface_mbf")`.
-
-    Raises:
-        DataError: no class is called like the part before the first `_`.
-    """
-    from anonfw import identity
-
-    classes = {
-        known.lower(): getattr(identity, known)
-        for known in identity.__all__
-        if isinstance(getattr(identity, known), type) and known != "Recognizer"
-    }
-    family = name.partition("_")[0].lower()
-    if family not in classes:
-        raise DataError(f"no recogniser for {name!r}: its name must begin with {' or '.join(sorted(classes))}.")
-    return classes[family](weights=name)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder of a data set (data/SCHEMA.md), or 'embedded'")
     parser.add_argument("--encoder", required=True, metavar="NAME", help="weights of a recogniser, such as arcface_mbf")
@@ -140,9 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from anonfw.identity import open_recognizer
+
     folder = local_folder(args.dataset)
     Card.load(folder)  # before the weights are fetched
-    encoder = open_encoder(args.encoder)
+    encoder = open_recognizer(args.encoder)
     done = write_sidecars(folder, encoder, args.split, args.batch_size, args.device)
     print(f"{encoder.name} (sha256 {encoder.sha256[:12]}...): {done} shards embedded, the others were there already")
     return 0
