@@ -96,7 +96,7 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(folder: Path, picture: Path, people: int = 12, photos: int = 6) -> None:
+def contact_sheet(folder: Path, picture: Path, people: int = 6, photos: int = 6) -> None:
     """Write a picture with a row of photos for each of the first test people."""
     import cv2
 
