@@ -264,6 +264,7 @@ class _SkippedLog:
             if item.photo not in self._listed:
                 self._listed.add(item.photo)
                 self._file.write((json.dumps(vars(item), ensure_ascii=False) + "\n").encode())
+        self._file.flush()  # before the person's shard can be finished: a continued run does not come here again
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

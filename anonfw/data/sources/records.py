@@ -63,7 +63,7 @@ def insightface(folder: str | Path, name: str, progress: bool = True) -> Source:
     keys = record_keys(path, records)
     images = _images(path, records, keys)
     labels = _labels(path, records, images)
-    if len(labels) > 1 and not labels.any():
+    if len(images) == len(records) > 1 and not labels.any():  # no header record either
         raise DataError(
             f"{path}: all {len(labels)} records have the label 0, so nobody can be told apart. "
             "If this is DCFace's release, use data/dcface.py, which reads its list.txt."
