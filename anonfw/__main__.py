@@ -41,7 +41,7 @@ VERBS = {
         "python -m anonfw validate runs/id2face/LATEST",
     ),
     "weights": Verb(
-        "anonfw.weights",
+        "anonfw.weights_verb",
         "list, fetch or verify the pretrained networks",
         "python -m anonfw weights list",
     ),

@@ -101,9 +101,10 @@ def weights() -> Iterator[Row]:
     from anonfw.weights import list_weights
 
     for row in list_weights():
-        state = {"ok": OK, "absent": NOTE}.get(row.state, BROKEN)
+        state = {"ok": OK, "absent": NOTE, "unverified": NOTE}.get(row.state, BROKEN)
         place = row.path if row.path is not None and row.state != "absent" else "fetched when first needed"
-        yield state, row.weight.name, f"{row.state}, {row.weight.size / 1e6:.1f} MB, {place}"
+        size = f"{row.weight.size / 1e6:.1f} MB" if row.weight.size else "size not known"
+        yield state, row.weight.name, f"{row.state}, {size}, {place}"
 
 
 def places() -> Iterator[Row]:

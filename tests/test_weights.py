@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from anonfw import fetch, weights
+from anonfw import fetch, weights, weights_verb
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("ANONFW_SHARED") or REPOSITORY.parent / "shared")
@@ -84,14 +85,24 @@ def test_the_shipped_table_is_well_formed():
     )
     assert len({entry.file for entry in rows}) == len(rows)
     for entry in rows:
-        assert re.fullmatch(r"[a-z0-9_]+", entry.name) and re.fullmatch(r"[0-9a-f]{64}", entry.sha256), entry
-        assert entry.size > 0 and entry.licence and entry.what and isinstance(entry.commercial, bool), entry
+        assert re.fullmatch(r"[a-z0-9_]+", entry.name) and isinstance(entry.commercial, bool), entry
+        assert entry.licence and entry.what, entry
         assert not Path(entry.file).is_absolute() and ".." not in entry.file, entry
+        if entry.sha256 is None:  # nothing can be checked, so nothing is fetched
+            assert entry.size is None and not entry.sources and entry.official.startswith("https://"), entry
+        else:
+            assert entry.size > 0 and re.fullmatch(r"[0-9a-f]{64}", entry.sha256), entry
         for source in entry.sources:
-            assert (source.pypi is None) != (source.url is None), entry
+            assert [source.pypi, source.npm, source.url].count(None) == 2, entry
             assert source.pypi is None or (re.fullmatch(r"[\w-]+==[\w.]+", source.pypi) and source.member), entry
-            assert source.url is None or source.url.startswith("https://"), entry
-            assert source.member is None or Path(source.member).name == Path(entry.file).name, entry
+            if source.npm:
+                assert re.fullmatch(r"(@[\w-]+/)?[\w-]+@[\w.]+", source.npm) and source.member, entry
+            assert (source.convert is None) == (source.sha256 is None), entry
+            if source.convert:
+                module, _, function = source.convert.rpartition(".")
+                assert source.convert.startswith("anonfw.") and callable(getattr(import_module(module), function))
+            elif source.member:
+                assert Path(source.member).name == Path(entry.file).name, entry
 
 
 def test_one_wheel_is_fetched_once_for_all_its_files(here, monkeypatch, capsys):
@@ -199,8 +210,8 @@ def test_commercial_only_refuses_and_takes_nothing_along(here, monkeypatch, caps
     }
     set_table(monkeypatch, here, rows)
     parser = argparse.ArgumentParser()
-    weights.add_arguments(parser)
-    assert weights.run(parser.parse_args(["get", "--commercial-only", "research", "free"])) == 1
+    weights_verb.add_arguments(parser)
+    assert weights_verb.run(parser.parse_args(["get", "--commercial-only", "research", "free"])) == 1
     assert "research is refused by commercial-only: licence of research.onnx" in capsys.readouterr().err
     assert cached(here) == {"free.onnx"}
     weights.path("research")
@@ -217,16 +228,16 @@ def test_the_verbs(here, monkeypatch, capsys):
     source = make_wheel(here, {"one.onnx": FIRST}) | {"member": "one.onnx"}
     set_table(monkeypatch, here, {"one": row(FIRST, "one.onnx", source), "two": row(SECOND, "two.onnx")})
     parser = argparse.ArgumentParser()
-    weights.add_arguments(parser)
-    assert weights.run(parser.parse_args(["get", "one"])) == 0
+    weights_verb.add_arguments(parser)
+    assert weights_verb.run(parser.parse_args(["get", "one"])) == 0
     file = Path(capsys.readouterr().out.strip())
     assert file.read_bytes() == FIRST
-    assert weights.run(parser.parse_args(["list"])) == 0
+    assert weights_verb.run(parser.parse_args(["list"])) == 0
     assert re.search(r"one +ok .*\n.*licence of one.onnx\ntwo +absent", capsys.readouterr().out)
-    assert weights.run(parser.parse_args(["verify"])) == 0
+    assert weights_verb.run(parser.parse_args(["verify"])) == 0
     file.write_bytes(b"?" + FIRST[1:])
     capsys.readouterr()
-    assert weights.run(parser.parse_args(["verify"])) == 1
+    assert weights_verb.run(parser.parse_args(["verify"])) == 1
     assert "wrong hash" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anonfw import weights as weights_table
 from anonfw.batch import FaceBatch
 from anonfw.data.files import atomic
 from anonfw.errors import AnonfwError
@@ -180,11 +181,12 @@ class Evaluation:
     def _scorers(self, device: str | torch.device) -> Scorers:
         from anonfw.attributes import Attributes
         from anonfw.detect import Detector
-        from anonfw.identity.base import OnnxRecognizer
+        from anonfw.identity import open_recognizer
 
         judge = self.judge
         if isinstance(judge, str):
-            judge = SessionRecognizer(judge) if torch.device(device).type == "cpu" else OnnxRecognizer(judge)
+            fast = torch.device(device).type == "cpu" and weights_table.weight(judge).file.endswith(".onnx")
+            judge = SessionRecognizer(judge) if fast else open_recognizer(judge)
         return Scorers(
             judge,
             self.detector or Detector(),

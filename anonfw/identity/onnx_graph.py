@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import onnx
+    from torch import fx
 
 DOMAIN = "anonfw"
 COMMUTATIVE = {"Add", "Mul"}
@@ -44,7 +45,7 @@ PATTERNS: list[tuple[str, tuple, list[str]]] = [
 ]
 
 
-def convert(file: Path) -> tuple[nn.Module, int, int]:
+def convert(file: Path) -> tuple[fx.GraphModule, int, int]:
     """(module, pixels S of its input, width D of its output) of a recogniser's ONNX file.
 
     Raises:
@@ -68,6 +69,47 @@ def convert(file: Path) -> tuple[nn.Module, int, int]:
     if output.ndim != 2 or output.shape[0] != 2:
         raise ValueError(f"{file}: a batch of 2 gives {tuple(output.shape)} instead of (2,D)")
     return module, size, output.shape[1]
+
+
+def early_and_late(module: fx.GraphModule, size: int) -> tuple[nn.Module, nn.Module]:
+    """Cut a converted graph in two behind its early feature map; `late(early(images))` is the graph.
+
+    The map is the last (C,h,h) value of the first resolution below the input's that alone carries everything on: in a
+    residual network the end of a stage.
+
+    Raises:
+        ValueError: no such value; the graph has no convolutional stage.
+    """
+    from torch import fx
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    with torch.no_grad():
+        ShapeProp(module).propagate(torch.zeros(2, 3, size, size))
+    nodes = [node for node in module.graph.nodes if node.op != "get_attr"]  # constants are ready at any time
+    place = {node: index for index, node in enumerate(nodes)}
+    reach, cuts = 0, []
+    for index, node in enumerate(nodes):
+        shape = getattr(node.meta.get("tensor_meta"), "shape", ())
+        if index >= reach and len(shape) == 4 and shape[2] == shape[3] < size:
+            cuts.append((shape[2], index))
+        reach = max([reach, *(place[user] for user in node.users)])
+    if not cuts:
+        raise ValueError("the graph has no early feature map: no value of 4 dimensions that everything after needs")
+    cut = max(index for side, index in cuts if side == cuts[0][0])
+
+    def part(first: int, last: int) -> nn.Module:
+        graph = fx.Graph()
+        copies = {nodes[first]: graph.placeholder("x")}
+        for node in nodes[first + 1 : last + 1]:
+            for constant in node.all_input_nodes:
+                if constant.op == "get_attr" and constant not in copies:
+                    copies[constant] = graph.node_copy(constant)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if nodes[last].op != "output":
+            graph.output(copies[nodes[last]])
+        return fx.GraphModule(module, graph)
+
+    return part(0, cut), part(cut, len(nodes) - 1)
 
 
 def takes_raw_pixels(file: Path) -> bool:
