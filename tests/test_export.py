@@ -55,7 +55,18 @@ def judged(run, tmp_path) -> Path:
     folder = shutil.copytree(run, tmp_path / "judged")
     thresholds = [Threshold(fpr=fpr, value=v, accepted=3, pairs=3000) for fpr, v in ((1e-2, 0.25), (1e-3, 0.375))]
     judge = {"name": "edgeface_s", "sha256": "ab" * 32, "licence": "for judging only"}
-    report = Report({"anonymized": row(0.0125), "original": row(0.9375)}, thresholds, judge, 8, 40, 3, 40, 0.1, {})
+    report = Report(
+        rows={"anonymized": row(0.0125), "original": row(0.9375)},
+        thresholds=thresholds,
+        judge=judge,
+        people=8,
+        photos=40,
+        draws=3,
+        gallery=40,
+        gallery_people=8,
+        chance_top1=0.1,
+        spread={},
+    )
     report.save(folder)
     return folder
 

@@ -157,7 +157,7 @@ def test_token_masking_replaces_identities_by_the_null(build, batch, monkeypatch
 
 @pytest.mark.parametrize(("masking", "hidden"), [("both", True), ("spatial", True), ("token", False), ("none", False)])
 def test_spatial_masking_hides_the_face_from_all_but_the_recogniser(build, batch, monkeypatch, masking, hidden):
-    system = build(f"system.masking={masking}", "system.null_share=0")
+    system = build(f"system.masking={masking}", "system.null_share=0", "system.cell=16")
     seen = watch(system, monkeypatch)
     # The same photographs with the fine structure of the inner face turned upside down, cell by cell.
     changed = plain(batch)

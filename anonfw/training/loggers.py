@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,13 +71,12 @@ def wandb(
     logged as `trainer/global_step`: never trust W&B's own step across restarts.
     """
     from lightning.pytorch.loggers import WandbLogger
-    from wandb.util import generate_id
 
     folder = Path(folder)
     kept = folder / "wandb_id"
     if not kept.exists():
         with atomic(kept) as file:
-            file.write(generate_id().encode())
+            file.write(secrets.token_hex(4).encode())
     return WandbLogger(
         name=f"{folder.parent.name}/{folder.name}",
         save_dir=str(folder),
