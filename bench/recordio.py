@@ -9,6 +9,7 @@ each), converts it in a process of its own and prints the numbers of that proces
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -24,6 +25,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from anonfw.data.card import Card
+from anonfw.data.index import open_index
 from anonfw.data.recordio import write_face_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +54,18 @@ def people(images: int, each: int, stock: list[bytes]) -> Iterator[list[bytes]]:
         count = min(left, int(rng.lognormal(np.log(each) - 0.32, 0.8)) + 2)
         yield [stock[(place + i) % len(stock)] for i in range(count)]
         left, place = left - count, place + count
+
+
+def checksum(out: Path) -> list[bytes]:
+    """Hashes of all JPEGs in a data set, sorted: the same bytes went through, each as often."""
+    hashes = []
+    for shard in Card.load(out).shards:
+        index = open_index(out / shard.file, shard)
+        with open(out / shard.file, "rb") as file:
+            for offset, size in zip(index.offset.tolist(), index.size.tolist(), strict=True):
+                file.seek(offset)
+                hashes.append(hashlib.sha256(file.read(size)).digest())
+    return sorted(hashes)
 
 
 def tree_memory(root: int) -> tuple[float, float]:
@@ -116,6 +131,9 @@ def main() -> int:
         started = time.perf_counter()
         write_face_set(place / "set", people(args.images, args.each, stock))
         size = (place / "set" / "train.rec").stat().st_size
+        expected = sorted(
+            hashlib.sha256(picture).digest() for person in people(args.images, args.each, stock) for picture in person
+        )
         mean = np.mean([len(picture) for picture in stock])
         print(f"{args.images:,} pictures of {mean:,.0f} bytes written in {time.perf_counter() - started:.1f} s")
         print(f"train.rec has {size / 1e6:,.0f} MB")
@@ -124,11 +142,10 @@ def main() -> int:
             out = place / f"out{number}"
             command = [sys.executable, str(ROOT / "data" / "casia_webface.py"), str(place / "set"), str(out)]
             row = run([*command, "--workers", str(workers)], environment)
-            samples = sum(shard["samples"] for shard in json.loads((out / "card.json").read_text())["shards"])
-            if samples != args.images:
-                raise SystemExit(f"{samples} samples came out of {args.images} pictures")
+            if checksum(out) != expected:
+                raise SystemExit("the JPEGs in the shards are not those of the .rec file")
             rows.append(
-                {"workers": workers, "images": samples, **{name: round(value, 1) for name, value in row.items()}}
+                {"workers": workers, "images": args.images, **{name: round(value, 1) for name, value in row.items()}}
             )
     print(f"{'workers':>7} {'seconds':>8} {'CPU s':>7} {'img/s':>7} {'main MB':>8} {'all MB':>7}")
     for row in rows:

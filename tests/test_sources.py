@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -26,6 +28,8 @@ from anonfw.data.card import Card, DataError
 from anonfw.data.index import open_index
 from anonfw.data.loader import FaceLoader
 from anonfw.data.recordio import Header, RecordWriter, pack, write_face_set
+from anonfw.data.sources import Group
+from anonfw.data.sources.convert import Crop, Worker, _outcomes
 from anonfw.data.sources.records import insightface
 from anonfw.data.verify import verify_dataset
 
@@ -118,6 +122,31 @@ def test_script_workers_and_interruption(root: Path, tmp_path: Path):
     again = subprocess.run(command("one", 1), cwd=root, capture_output=True, text=True, check=True)
     assert "0 pictures of 0 people written now" in again.stdout
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == files["two"]
+
+
+def test_few_pictures_wait_for_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import anonfw.data.sources.convert as module
+
+    waiting = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, _context: object, start: Callable, arguments: tuple) -> None:
+            super().__init__(workers, initializer=start, initargs=arguments)
+
+        def submit(self, function: Callable, group: Group) -> Future:
+            waiting.append(len(group.places))
+            return super().submit(function, group)
+
+    write_face_set(tmp_path / "set", people := faces(40), SIZE)
+    source = insightface(tmp_path / "set", "a", progress=False)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module, "UNDER_WAY", 10)
+    taken = 0
+    for number, (group, (samples, _)) in enumerate(_outcomes(source.groups(), Worker(source, Crop(SIZE)), 2)):
+        assert group.name == f"a_{number:06d}" and [sample.jpeg for sample in samples] == people[number]
+        taken += len(group.places)
+        assert sum(waiting) - taken <= 10 and waiting
+    assert taken == sum(waiting) == sum(map(len, people))
 
 
 def test_splits_share_nobody_and_do_not_depend_on_the_set(tmp_path: Path):
