@@ -98,19 +98,21 @@ class StepOut:
 
     Attributes:
         prediction: (N,...) the network's output.
-        target: (N,...) what it is regressed on; same shape.
+        target: (N,...) what it is regressed on; same shape. None where nothing is (embeddings).
         x0_hat: (N,3,H,W) clean images implied by the prediction, in [-1,1] (not clamped); None where a system
             predicts no image.
-        t: (N,) int64 diffusion time of each sample, 0 = clean.
+        t: (N,) int64 diffusion time of each sample, 0 = clean; None where nothing diffuses.
         weight: (N,) per-sample loss weight (for example from a signal-to-noise weighting); None means 1.
         terms: name -> (N,) or (B,) further loss terms that the step computed on the way (KL, alignment, ...).
         metrics: name -> scalar, logged and never differentiated (active latent dimensions, ...).
+        rng: the step's generator, which `System` hands on: a loss that draws, draws from it.
     """
 
     prediction: Tensor
-    target: Tensor
-    t: Tensor
+    target: Tensor | None = None
+    t: Tensor | None = None
     x0_hat: Tensor | None = None
     weight: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    rng: torch.Generator | None = None

@@ -168,7 +168,7 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
 
     folder, weights_file = run_files(run)
     system, recipe = load_system(run)
-    trained = {name: p.detach().cpu().contiguous() for name, p in system.named_parameters() if p.requires_grad}
+    trained = {name: value.detach().cpu().contiguous() for name, value in system.trained_state().items()}
     content = save({name: _cast(name, value, dtype) for name, value in trained.items()}, {"format": "pt"})
     known = {}
     for file in ("export.json", "run.json", "finished.json"):
@@ -180,7 +180,7 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
         "weights": "model.safetensors",
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
-        "parameters": sum(value.numel() for value in trained.values()),
+        "parameters": sum(p.numel() for p in system.parameters() if p.requires_grad),
         "dtype": dtype,
         "from": {"file": weights_file.name, "sha256": sha256_of(weights_file)},
         "steps": earlier.get("steps") or _steps(folder, weights_file, known.get("finished.json", {})),
@@ -198,6 +198,8 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
 def _cast(name: str, value: Tensor, dtype: str) -> Tensor:
     import torch
 
+    if not value.is_floating_point():
+        return value
     if not torch.isfinite(value).all():
         raise AnonfwError(f"parameter {name} is not finite: export an earlier checkpoint")
     if dtype == "fp32":

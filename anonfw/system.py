@@ -72,6 +72,7 @@ class System(lightning.LightningModule):
     def total(self, batch: FaceBatch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, what to log). Keeps the per-sample terms for the guard that names a non-finite one."""
         out = self.step(batch, rng)
+        out.rng = rng
         terms = {name: loss(out, batch) for name, loss in self.losses.items()}
         self.last_terms = {name: term.detach() for name, term in terms.items()}
         self.last_keys = batch.key + (batch.partner.key if batch.partner is not None else [])
@@ -112,9 +113,20 @@ class System(lightning.LightningModule):
         elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by its name in `state_dict`: parameters with gradients, and the persistent buffers of
+        the modules that own one (running statistics). Frozen networks come from the weights table, not from files.
+        """
+        state = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for prefix, module in self.named_modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                for name, buffer in module.named_buffers(prefix, recurse=False):
+                    if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                        state[name] = buffer
+        return state
+
     def trained_names(self) -> set[str]:
-        """Names in `state_dict` that are trained: frozen networks come from the weights table, not from checkpoints."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return set(self.trained_state())
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = self.trained_names()
@@ -122,7 +134,7 @@ class System(lightning.LightningModule):
         checkpoint["batches_seen"] = self.batches_seen
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours = {name: parameter.shape for name, parameter in self.named_parameters() if parameter.requires_grad}
+        ours = {name: value.shape for name, value in self.trained_state().items()}
         theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if differ := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             names = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")

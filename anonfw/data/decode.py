@@ -17,11 +17,12 @@ import simplejpeg
 
 TAR, OFFSET, SIZE, MIRRORED, SIDE, DESTINATION = range(6)
 JOB_WIDTH = 6
-OK, UNREADABLE, BROKEN, WRONG_SIZE, KNOWN_BAD = range(5)
+OK, UNREADABLE, BROKEN, WRONG_SIZE, KNOWN_BAD, NOT_EMBEDDED = range(6)
 REASONS = {
     UNREADABLE: "lies behind the end of its tar",
     BROKEN: "its JPEG is broken",
     WRONG_SIZE: "its picture does not have the image size of the card",
+    NOT_EMBEDDED: "its row of a sidecar is NaN: its picture was broken when it was embedded",
 }
 
 

@@ -99,6 +99,14 @@ class Sidecar:
                 )
             self._arrays.append(array)
 
+    def missing(self, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """(n,) True where the row is NaN."""
+        first = np.empty(len(shard), np.float32)
+        for number in np.unique(shard):
+            here = shard == number
+            first[here] = self._arrays[number][row[here], 0]
+        return np.isnan(first)
+
     def rows(self, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
         """(n,) shard numbers and (n,) rows inside them -> (n,dim) float32 of unit length."""
         found = np.empty((len(shard), self.dim), np.float32)

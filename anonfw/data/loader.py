@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from anonfw.batch import FaceBatch
+from anonfw.data import decode as decoding
 from anonfw.data import ring
 from anonfw.data.bad import BadSamples
 from anonfw.data.card import DataError
@@ -56,6 +57,8 @@ class FaceLoader:
         bad_samples_file: JSON lines of what was dropped; None is `bad_samples.jsonl` where the command runs.
         cross, cross_split: the partners' data set and split (None: the same split name).
         per_identity: K of groups.
+        decode: False reads sidecars, labels and factors alone: no tar is opened, `workers` start none, and the images
+            are (B,3,0,0). Landmarks stay in pixels of the picture.
     Raises:
         DataError: the data cannot be used like this; raised here, or for what depends on the ranks by `len` and `iter`.
         ValueError: arguments that contradict each other.
@@ -81,6 +84,7 @@ class FaceLoader:
         cross: str | Path | None = None,
         cross_split: str | None = None,
         per_identity: int = 4,
+        decode: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
@@ -92,16 +96,21 @@ class FaceLoader:
             raise ValueError(f"flip is a probability, not {flip}")
         if batch_size < 1 or (mode == "groups" and batch_size % per_identity):
             raise ValueError(f"batch_size {batch_size} must be positive, and in groups divisible by {per_identity=}")
+        if not decode and (flip or not sidecars):
+            raise ValueError(
+                "decode=False takes embeddings from sidecars: name them, and flip=0, for they do not mirror"
+            )
         names = dict(sidecars) if isinstance(sidecars, Mapping) else dict.fromkeys(sidecars)
         table = open_table(open_folder(dataset, split, names), split, limit_identities, limit_samples)
-        self._sides = [Side(table, names)]
+        self._sides = [Side(table, names, decode)]
         if mode == "cross":
             other_split = cross_split or split
             other = open_table(open_folder(cross, other_split, names), other_split)
-            self._sides.append(Side(other, names))
+            self._sides.append(Side(other, names, decode))
         elif mode == "pairs":
             self._sides.append(self._sides[0])
         self.table, self.mode, self.batch_size, self.shuffle, self.workers = table, mode, batch_size, shuffle, workers
+        self.decode = decode
         self._place = None if rank is None else (rank, world)
         self._plan = Plan(self._sides[-1].table, table, mode, seed, flip, shuffle, per_identity)
         self._step_units = batch_size // per_identity if mode == "groups" else batch_size
@@ -115,7 +124,7 @@ class FaceLoader:
             self.bad.add(side.known_bad())
         self._tars = [tar for side in sides for tar in side.table.tars]
         self._first_tar = [0, len(table.tars) if mode == "cross" else 0]
-        self._decoder: ring.Inline | ring.Ring | None = None
+        self._decoder: ring.Inline | ring.NoPictures | ring.Ring | None = None
         self._epoch = self._position = 0
         self._resuming = False
         self._turn = 0
@@ -213,8 +222,10 @@ class FaceLoader:
         if turn != self._turn:
             raise RuntimeError("this iterator was replaced by a later iter(), load_state_dict() or close()")
 
-    def _open_decoder(self) -> ring.Inline | ring.Ring:
-        if self._decoder is None:
+    def _open_decoder(self) -> ring.Inline | ring.NoPictures | ring.Ring:
+        if self._decoder is None and not self.decode:
+            self._decoder = ring.NoPictures()
+        elif self._decoder is None:
             pixel_bytes = sum(self.batch_size * side.picture_bytes for side in self._sides)
             rows = self.batch_size * len(self._sides)
             self._decoder = ring.open_decoder(self._tars, rows, pixel_bytes, self.workers)
@@ -238,6 +249,8 @@ class FaceLoader:
         count = len(step.rows[0])
         by_side = status.reshape(len(self._sides), count)
         for side, rows, answers in zip(self._sides, step.rows, by_side, strict=True):
+            if not self.decode:
+                answers[(answers == decoding.OK) & side.not_embedded(rows)] = decoding.NOT_EMBEDDED
             self.bad.add(side.found_bad(rows, answers))
         good = (by_side == 0).all(0)
         if not good.any():

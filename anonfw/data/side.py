@@ -22,12 +22,13 @@ class Side:
 
     Args:
         sidecars: recogniser name -> sha256 of its weights, or None.
+        decode: False makes pictures of 0 pixels.
     """
 
-    def __init__(self, table: Table, sidecars: Mapping[str, str | None]) -> None:
+    def __init__(self, table: Table, sidecars: Mapping[str, str | None], decode: bool = True) -> None:
         self.table = table
         self.sidecars = {name: Sidecar(table.folder, table.shards, name, sha256) for name, sha256 in sidecars.items()}
-        self.size = table.card.image_size
+        self.size = table.card.image_size if decode else 0
         self.picture_bytes = 3 * self.size**2
 
     def jobs(self, rows: np.ndarray, mirrored: np.ndarray, first_tar: int, start: int) -> np.ndarray:
@@ -46,6 +47,13 @@ class Side:
         """What the index knows to be unusable."""
         for row in np.flatnonzero(self.table.fault != index.OK):
             yield self._bad(row, index.REASONS[int(self.table.fault[row])])
+
+    def not_embedded(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) True where a sidecar has no embedding of a row (`write_sidecars` met a broken picture)."""
+        missing = np.zeros(len(rows), bool)
+        for sidecar in self.sidecars.values():
+            missing |= sidecar.missing(self.table.shard[rows], self.table.row[rows])
+        return missing
 
     def found_bad(self, rows: np.ndarray, status: np.ndarray) -> Iterator[BadSample]:
         """What could not be decoded."""

@@ -135,13 +135,13 @@ def best_precision() -> str:
 
 
 def save_average(trainer: Any, system: Any, folder: Path) -> None:
-    """`model.safetensors`: the trained parameters, averaged where the run averages; they stay in `system`."""
+    """`model.safetensors`: the trained state, averaged where the run averages; it stays in `system`."""
     from safetensors.torch import save
 
     from anonfw.data.files import atomic
     from anonfw.training.ema import EMA
 
-    trained = {name: p for name, p in system.named_parameters() if p.requires_grad}
+    trained = system.trained_state()
     for callback in trainer.callbacks:
         if isinstance(callback, EMA):
             for name, mean in callback.average.items():

@@ -27,7 +27,7 @@ def build_system(recipe: Mapping[str, Any]) -> Any:
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
-    """Trained parameters by name, float32: of a checkpoint (its average), a safetensors file or a base's name.
+    """Trained state by name, floats as float32: of a checkpoint (averaged), a safetensors file or a base's name.
 
     Raises:
         AnonfwError: no such file or base, or a checkpoint that is not one of this project's.
@@ -43,22 +43,22 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
             f"init: no weights at {path}; give a .safetensors or .ckpt file, or a base ({there}), or null"
         )
     if path.suffix == ".safetensors":
-        return {name: value.float() for name, value in load_file(path).items()}
+        return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "state_dict" not in checkpoint or "callbacks" not in checkpoint:
         raise AnonfwError(f"{path} is no checkpoint of a run")
     averages = [state["average"] for state in checkpoint["callbacks"].values() if "average" in state]
-    return averages[0] if averages else checkpoint["state_dict"]
+    return {**checkpoint["state_dict"], **(averages[0] if averages else {})}
 
 
 def load_weights(system: Any, source: str | Path) -> None:
-    """Copies trained parameters into a system.
+    """Copies trained parameters, and the running statistics beside them, into a system.
 
     Raises:
-        AnonfwError: a parameter is missing, left over or of another shape; nothing has been copied then.
+        AnonfwError: one of them is missing, left over or of another shape; nothing has been copied then.
     """
     weights = read_weights(source)
-    parameters = {name: p for name, p in system.named_parameters() if p.requires_grad}
+    parameters = system.trained_state()
     missing, extra = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     shapes = [n for n in parameters.keys() & weights.keys() if parameters[n].shape != weights[n].shape]
     if missing or extra or shapes:
