@@ -43,6 +43,7 @@ SECTIONS = {
     "run": Section("value", "run folder to continue", str | None),
     "resume": Section("value", "auto demands an unfinished run of this recipe", Literal["auto"] | None),
     "system": Section("node", "what is trained"),
+    "dataset": Section("value", "data set of every loader that names none: a folder, an address, embedded", str | None),
     "data": Section("nodes", "partial loaders", names=("train", "validate", "test")),
     "trainer": Section("node", "lightning.Trainer"),
     "callbacks": Section("nodes", "name -> callback; null removes one of the parent recipe"),

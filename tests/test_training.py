@@ -49,9 +49,6 @@ def parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_takes_two_steps(path, tiny_faces, tmp_path):
     more = ["trainer.max_steps=2", "trainer.val_check_interval=2", "system.steps=2", f"run={tmp_path / 'run'}"]
-    if "grid" in (recipes.load(path).get("callbacks") or {}):
-        more += ["callbacks.grid.every=2", f"callbacks.grid.loader.dataset={tiny_faces}"]
-        more += ["callbacks.grid.loader.batch_size=2", "callbacks.grid.loader.workers=0"]
     recipe = tiny.recipe(tiny_faces, *more, path=path)
     before = {name: p.detach().clone() for name, p in build_system(recipe).named_parameters() if p.requires_grad}
     folder = tiny.train(recipe)

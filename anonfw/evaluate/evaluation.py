@@ -15,10 +15,11 @@ from torch import Tensor
 from anonfw import weights as weights_table
 from anonfw.batch import FaceBatch
 from anonfw.data.files import atomic
+from anonfw.data.open import open_loader
 from anonfw.errors import AnonfwError
 from anonfw.evaluate import protocols
 from anonfw.evaluate.references import NAMES, build_references
-from anonfw.evaluate.report import Report
+from anonfw.evaluate.report import Report, Table
 from anonfw.evaluate.rows import distance_outside, identity_measures, utility_measures
 from anonfw.evaluate.scorers import EXPRESSION, Measured, Scorers, SessionRecognizer, refuse_own_judge
 
@@ -144,6 +145,35 @@ class Evaluation:
         report.notes = self._notes(report, originals, sum(counts[person] == 1 for person in set(asked)))
         return report
 
+    def measure(self, system: Any, recipe: Mapping[str, Any], folder: Path, grid_rows: int = 6) -> Report:
+        """Collect `data.test`, run, and write grid.png.
+
+        The loader is asked for the whole split, in a fixed order.
+
+        Args:
+            system: in eval mode. folder: gets grid.png.
+            grid_rows: photos in the grid, each of another person as far as there are so many.
+        Raises:
+            EvaluationError: the recipe states another crop than the data set's card.
+        """
+        from anonfw.evaluate.grid import sample_grid
+
+        loader = open_loader(
+            recipe, "test", rank=0, world=1, shuffle=False, bad_samples_file=folder / "bad_samples.jsonl"
+        )
+        if (alignment := loader.table.card.alignment) != self.alignment:
+            raise EvaluationError(
+                f"the photos are {alignment} crops: evaluate them with evaluate.alignment={alignment}"
+            )
+        try:
+            gallery = self.collect(loader)
+        finally:
+            loader.close()
+        report = self.run(system.anonymize, [gallery], system.recognizer_names(), device=system.device)
+        with atomic(folder / "grid.png") as stream:
+            stream.write(sample_grid(system, gallery.select(first_of_each_person(gallery, grid_rows))))
+        return report
+
     def collect(self, loader: Iterable[FaceBatch]) -> FaceBatch:
         """The originals of gallery and thresholds, on the CPU, in the loader's order: within `photos_per_person`.
 
@@ -245,20 +275,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, grid_rows: int = 6) -> Report:
-    """Evaluate a trained system as its recipe says, and write table and sample grid into `folder`.
+def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path) -> Table:
+    """Evaluate a trained system as its recipe says, and write what comes out into `folder`.
 
-    One process does it for all: the loader is asked for the whole split, in a fixed order.
+    One process does it for all.
 
     Args:
         system: a `System` on its device, with its averaged weights; in eval mode while this runs.
-        recipe: its section `evaluate` is an `Evaluation`, its `data.test` a partial `FaceLoader`.
-        folder: gets table.{txt,md,csv,json}, grid.png, and bad_samples.jsonl where a photo could not be read.
-        grid_rows: photos in the grid, each of another person as far as there are so many.
+        recipe: its section `evaluate` has `measure(system, recipe, folder) -> Table`.
+        folder: gets table.{txt,md,csv,json}, what `measure` writes, and bad_samples.jsonl where a photo could not be
+            read.
     Raises:
-        EvaluationError: the recipe lacks one of the two sections, or states another crop than the data set's card.
+        EvaluationError: the recipe lacks that section or `data.test`.
     """
-    from anonfw.evaluate.grid import sample_grid
     from anonfw.recipe import build
 
     folder = Path(folder)
@@ -266,26 +295,14 @@ def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path, 
     if not recipe.get("evaluate") or not recipe.get("data", {}).get("test"):
         raise EvaluationError("the recipe has no `evaluate` section or no `data.test`: there is nothing to measure on")
     evaluation = build(recipe["evaluate"])
-    loader = build(recipe["data"]["test"])(
-        rank=0, world=1, shuffle=False, bad_samples_file=folder / "bad_samples.jsonl"
-    )
-    if (alignment := loader.table.card.alignment) != evaluation.alignment:
-        raise EvaluationError(f"the photos are {alignment} crops: evaluate them with evaluate.alignment={alignment}")
-    try:
-        gallery = evaluation.collect(loader)
-    finally:
-        loader.close()
     was_training = system.training
     system.eval()
     try:
-        report = evaluation.run(system.anonymize, [gallery], system.recognizer_names(), device=system.device)
-        png = sample_grid(system, gallery.select(first_of_each_person(gallery, grid_rows)))
+        table = evaluation.measure(system, recipe, folder)
     finally:
         system.train(was_training)
-    report.save(folder)
-    with atomic(folder / "grid.png") as stream:
-        stream.write(png)
-    return report
+    table.save(folder)
+    return table
 
 
 def first_of_each_person(photos: FaceBatch, count: int) -> list[int]:

@@ -13,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="a dotted key of the run's recipe and a YAML value: evaluate.limit=200, data.test.dataset=path/to/lfw",
+        help="a dotted key of the run's recipe and a YAML value: evaluate.limit=200, dataset=path/to/lfw",
     )
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--out", type=Path, help="folder for the table and the grid (default: validate/ in the run)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and the paths of table and sample grid."""
+    """Print the table and where it was written."""
     import torch
 
     from anonfw.evaluate.evaluation import evaluate_system
@@ -32,8 +32,5 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = evaluate_system(system.to(device), recipe, folder)
     print(report.text())
-    cost = ", ".join(f"{name} {ms:.1f}" for name, ms in report.cost_ms.items())
-    print(f"milliseconds per image: {cost}")
-    print(f"table  {folder / 'table.txt'} (.md .csv .json)")
-    print(f"grid   {folder / 'grid.png'}")
+    print("\n".join(report.closing(folder)))
     return 0

@@ -18,7 +18,7 @@ from anonfw.losses.base import Loss
 
 
 class Anonymization(Loss):
-    """gamma_t (1 - cos(F(X), F(x_0))) + (1 - gamma_t) (1 - cos(F(X_hat), F(x_0))) + real_weight (1 - cos(F(X), F(x_0))).
+    """gamma_t d(X) + (1 - gamma_t) d(X_hat) + real_weight d(X) with d(Y) = 1 - cos(F(Y), F(x_0)).
 
     Eq. 7 is printed without the sign that its text asks for (similarity is maximised): the 1 - cos form has it. Its
     gamma is said to change with t: `time` is gamma_t = t / T, close to the real identity where all is noise and to the

@@ -35,7 +35,7 @@ class TextureExtractor(nn.Module):
         """Features that the grid does not divide are resized (nearest) to the next smaller size that it does."""
         side = features.shape[-1] // self.grid * self.grid
         if side == 0:
-            raise ValueError(f"a feature map of {features.shape[-1]} px cannot be cut into {self.grid} x {self.grid} patches")
+            raise ValueError(f"{features.shape[-1]} px of features: too few for {self.grid} x {self.grid} patches")
         if side != features.shape[-1]:
             features = F.interpolate(features, (side, side), mode="nearest")
         x = self.block(features)

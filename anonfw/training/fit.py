@@ -68,7 +68,9 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     """Trains in `folder` and ends with the result table. `checkpoint` continues bitwise where it was written."""
     import lightning
     import torch
+    from lightning.pytorch.callbacks import ProgressBar
 
+    from anonfw.data.open import open_loader
     from anonfw.training import runs
     from anonfw.training.load import build_system, load_weights
 
@@ -83,7 +85,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     if recipe.get("init"):
         load_weights(system, recipe["init"])
     loaders = {
-        name: recipes.build(node)(seed=seed, bad_samples_file=folder / "bad_samples.jsonl")
+        name: open_loader(recipe, name, seed=seed, bad_samples_file=folder / "bad_samples.jsonl")
         for name, node in recipe["data"].items()
         if node is not None and name != "test"
     }
@@ -92,6 +94,8 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
         if hasattr(logger, "rewind"):  # also without a checkpoint: a kill before the first one leaves lines, too
             logger.rewind(runs.step_of(checkpoint) if checkpoint else 0)
     node = dict(recipe["trainer"])
+    if node.get("enable_progress_bar") is False:  # Lightning refuses a bar of the recipe's together with it
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if node.get("precision") is None:
         node["precision"] = best_precision()
     trainer: lightning.Trainer = recipes.build(
@@ -156,7 +160,7 @@ def report(system: Any, recipe: Mapping[str, Any], folder: Path, started: float)
 
     table = evaluate_system(system.eval(), recipe, folder)
     print(table.text())
-    print(f"\ntable  {folder / 'table.txt'} (.md .csv .json)\ngrid   {folder / 'grid.png'}")
+    print("\n".join(["", *table.closing(folder)]))
     print(f"took   {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
