@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anonfw.evaluate.evaluation import Evaluation, evaluate_system
     from anonfw.evaluate.grid import contact_sheet, sample_grid
     from anonfw.evaluate.intervals import Estimate
+    from anonfw.evaluate.mapping import MappingEvaluation
     from anonfw.evaluate.report import Report
     from anonfw.evaluate.scorers import JudgeError, Scorers
 
@@ -19,6 +20,7 @@ _HOME = {
     "Estimate": "intervals",
     "Evaluation": "evaluation",
     "JudgeError": "scorers",
+    "MappingEvaluation": "mapping",
     "Report": "report",
     "Scorers": "scorers",
     "contact_sheet": "grid",
@@ -30,6 +32,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "JudgeError",
+    "MappingEvaluation",
     "Report",
     "Scorers",
     "contact_sheet",

@@ -65,35 +65,26 @@ def utility_columns() -> list[Column]:
 
 
 @dataclass
-class Report:
-    """Rows of estimates and everything needed to read them.
+class Table:
+    """Rows of estimates, printed in blocks of columns with the facts below. A kind of table says which.
 
     Attributes:
-        rows: row name -> measure -> Estimate, in the order of the table. The anonymizer's row comes first.
-        thresholds: operating points, fixed on original impostor pairs.
-        judge: name, sha256 and licence of the recogniser.
-        people, photos: what was anonymized; `draws` anonymizations of each photo were made.
-        gallery, gallery_people: originals that thresholds and retrieval use, and how many people are on them.
-        chance_top1: top-1 rate of a random ranking, own photo included.
-        spread: standard deviation over originals of each expression measure: the unit of the expression error.
-        settings: seed, detection threshold, alignment, further facts worth a line in the JSON.
-        cost_ms: milliseconds per image of each scorer and of the anonymizer.
-        notes: what a reader must know about this set, in sentences.
+        rows: row name -> measure -> Estimate, in the order of the table.
     """
 
     rows: dict[str, dict[str, Estimate]]
-    thresholds: list[Threshold]
-    judge: dict[str, str]
-    people: int
-    photos: int
-    draws: int
-    gallery: int
-    gallery_people: int
-    chance_top1: float
-    spread: dict[str, float]
-    settings: dict[str, object] = field(default_factory=dict)
-    cost_ms: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+
+    def blocks(self) -> list[tuple[str, list[Column]]]:
+        """Title and columns of each block."""
+        raise NotImplementedError
+
+    def facts(self) -> list[str]:
+        """Lines that belong beside the numbers."""
+        raise NotImplementedError
+
+    def closing(self, folder: Path) -> list[str]:
+        """What a verb prints below the table: what else was written into `folder`."""
+        return [f"table  {folder / 'table.txt'} (.md .csv .json)"]
 
     def value(self, row: str, measure: str) -> Estimate:
         """One cell. KeyError names what there is."""
@@ -101,33 +92,6 @@ class Report:
             measures = list(next(iter(self.rows.values()), {}))
             raise KeyError(f"no {measure!r} of {row!r}; rows {list(self.rows)}, measures {measures}")
         return self.rows[row][measure]
-
-    def blocks(self) -> list[tuple[str, list[Column]]]:
-        fprs = [threshold.fpr for threshold in self.thresholds]
-        return [
-            ("Identity that a recogniser still finds: lower is better", privacy_columns(fprs)),
-            ("Utility: what is kept, and how much the anonymizations of one photo differ", utility_columns()),
-        ]
-
-    def facts(self) -> list[str]:
-        """Lines that belong beside the numbers."""
-        lines = [
-            f"{self.people} people, {self.photos} photos, {self.draws} anonymizations of each; "
-            f"judge {self.judge['name']}; [..] = {LEVEL:.0%} interval over people",
-        ]
-        for t in self.thresholds:
-            unresolved = "" if t.resolved else "  (too few pairs for this rate: read as an upper end)"
-            lines.append(
-                f"FPR {rate_label(t.fpr)}: cosine > {t.value:.4f}, "
-                f"{t.accepted} of {t.pairs} pairs of different people's originals accepted{unresolved}"
-            )
-        lines.append("thresholds are fixed on the originals and kept for every row")
-        lines.append(
-            f"top-1: gallery of {self.gallery} originals of {self.gallery_people} people, "
-            f"chance {100 * self.chance_top1:.1f} %; "
-            f"face detected: SCRFD-500M score >= {self.settings.get('detection_threshold')}"
-        )
-        return lines + self.notes
 
     def text(self) -> str:
         """The table for a terminal, WIDTH columns wide at most."""
@@ -177,6 +141,68 @@ class Report:
             with atomic(path) as stream:
                 stream.write(contents[kind].encode())
         return paths
+
+
+@dataclass
+class Report(Table):
+    """Rows of estimates and everything needed to read them.
+
+    Attributes:
+        rows: the anonymizer's row comes first.
+        thresholds: operating points, fixed on original impostor pairs.
+        judge: name, sha256 and licence of the recogniser.
+        people, photos: what was anonymized; `draws` anonymizations of each photo were made.
+        gallery, gallery_people: originals that thresholds and retrieval use, and how many people are on them.
+        chance_top1: top-1 rate of a random ranking, own photo included.
+        spread: standard deviation over originals of each expression measure: the unit of the expression error.
+        settings: seed, detection threshold, alignment, further facts worth a line in the JSON.
+        cost_ms: milliseconds per image of each scorer and of the anonymizer.
+        notes: what a reader must know about this set, in sentences.
+    """
+
+    thresholds: list[Threshold]
+    judge: dict[str, str]
+    people: int
+    photos: int
+    draws: int
+    gallery: int
+    gallery_people: int
+    chance_top1: float
+    spread: dict[str, float]
+    settings: dict[str, object] = field(default_factory=dict)
+    cost_ms: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def blocks(self) -> list[tuple[str, list[Column]]]:
+        fprs = [threshold.fpr for threshold in self.thresholds]
+        return [
+            ("Identity that a recogniser still finds: lower is better", privacy_columns(fprs)),
+            ("Utility: what is kept, and how much the anonymizations of one photo differ", utility_columns()),
+        ]
+
+    def facts(self) -> list[str]:
+        """Lines that belong beside the numbers."""
+        lines = [
+            f"{self.people} people, {self.photos} photos, {self.draws} anonymizations of each; "
+            f"judge {self.judge['name']}; [..] = {LEVEL:.0%} interval over people",
+        ]
+        for t in self.thresholds:
+            unresolved = "" if t.resolved else "  (too few pairs for this rate: read as an upper end)"
+            lines.append(
+                f"FPR {rate_label(t.fpr)}: cosine > {t.value:.4f}, "
+                f"{t.accepted} of {t.pairs} pairs of different people's originals accepted{unresolved}"
+            )
+        lines.append("thresholds are fixed on the originals and kept for every row")
+        lines.append(
+            f"top-1: gallery of {self.gallery} originals of {self.gallery_people} people, "
+            f"chance {100 * self.chance_top1:.1f} %; "
+            f"face detected: SCRFD-500M score >= {self.settings.get('detection_threshold')}"
+        )
+        return lines + self.notes
+
+    def closing(self, folder: Path) -> list[str]:
+        cost = ", ".join(f"{name} {ms:.1f}" for name, ms in self.cost_ms.items())
+        return [f"milliseconds per image: {cost}", *super().closing(folder), f"grid   {folder / 'grid.png'}"]
 
 
 def _plain(value: object) -> object:
