@@ -235,7 +235,9 @@ def build(
             tqdm(total=sum(len(person.photos) for person in todo), unit="photo", disable=not progress) as bar,
         ):
             log.seek(0)
-            listed = {json.loads(line)["photo"] for line in log}  # by a run that was killed
+            kept = log.read().rpartition("\n")  # by a run that was killed: its last line may be half a line
+            log.truncate(len(f"{kept[0]}{kept[1]}".encode()))
+            listed = {json.loads(line)["photo"] for line in kept[0].splitlines()}
             for person, samples, skipped in crops(todo, recipe, workers):
                 for item in skipped:
                     if item.photo not in listed:

@@ -12,7 +12,7 @@ from anonfw.data.build import SKIPPED, Person, Recipe, build
 from anonfw.errors import AnonfwError
 
 
-def _splits(text: str) -> dict[str, float]:
+def splits(text: str) -> dict[str, float]:
     try:
         splits = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
     except ValueError as error:
@@ -40,7 +40,7 @@ def parser(description: str, source: str) -> argparse.ArgumentParser:
     made.add_argument("--min-photos", type=int, default=1, help="leave out people with fewer photos than this")
     made.add_argument("--limit", type=int, help="only the first so many people")
     made.add_argument(
-        "--splits", type=_splits, default="train=0.8,val=0.1,test=0.1", help="shares of people, by a hash of the name"
+        "--splits", type=splits, default="train=0.8,val=0.1,test=0.1", help="shares of people, by a hash of the name"
     )
     made.add_argument("--seed", type=int, default=0, help="of the splits")
     made.add_argument("--shard-samples", type=int, default=4096, help="a shard is closed at this many samples")

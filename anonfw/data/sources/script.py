@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anonfw.data.build import SKIPPED
-from anonfw.data.script import _splits as splits
+from anonfw.data.script import splits
 from anonfw.data.sources import Source
 from anonfw.data.sources.convert import Crop, convert
 from anonfw.errors import AnonfwError
