@@ -118,7 +118,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
             loader.close()
     save_average(trainer, system, folder)
     if trainer.is_global_zero and recipe.get("evaluate") is not None:
-        report(system, recipe, folder, started)
+        report(system.to(trainer.strategy.root_device), recipe, folder, started)  # Lightning leaves it on the CPU
     runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size)
 
 
