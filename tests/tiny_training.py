@@ -93,7 +93,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     first, second = checkpoint(one), checkpoint(other)
     assert len(first["state_dict"]) > 50
     for saved in (first, second):
-        # Of Lightning's own counters of loops, some say how a run was cut (epochs begun, batches of a validation begun).
+        # Of Lightning's own counters of loops, some tell how a run was cut (epochs and validations begun).
         saved["loader"] = saved.pop("loops")["fit_loop"]["state_dict"]["combined_loader"]
     assert differences(first, second) == []
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
