@@ -117,6 +117,8 @@ def _read_table(folder: Path | None) -> dict[str, Any] | None:
 def _privacy(table: Mapping[str, Any] | None) -> str:
     if table is None:
         return "Not measured: the run has no result table of these weights (`python -m anonfw validate RUN` makes one)."
+    if "judge" not in table:
+        return "It makes no pictures, so the table below measures no anonymization: measure the system that uses it."
     lines = [
         f"Recogniser: {table['judge']['name']} (sha256 {table['judge']['sha256'][:16]}), which neither conditioned nor "
         f"trained this system. {table['people']} people and {table['photos']} photos never trained on, "
@@ -160,7 +162,7 @@ def _licences(source: Source, table: Mapping[str, Any] | None) -> str:
     lines += [f"- {name}: {licence}" for name, licence in sorted(source.licences.items())]
     for place in _released(source.recipe["system"]):
         lines.append(f"- {without_paths(place)}: released weights, under the licence of their publisher")
-    if table is not None:
+    if table is not None and "judge" in table:
         lines.append(f"- {table['judge']['name']}, the judge of the table only: {table['judge']['licence']}")
     return "\n".join(lines)
 

@@ -148,7 +148,9 @@ class IdentityBank:
             raise BankError(f"{beside} is no card of a bank ({error!r})") from error
         if sha256_of(path) != sha256:
             raise BankError(f"{path} is not the file that {beside.name} describes: copy both again")
-        return IdentityBank(load_file(path)["centres"], names, embedding, card.get("about"))
+        bank = IdentityBank(load_file(path)["centres"], names, embedding, card.get("about"))
+        bank.centres = load_file(path)["centres"]  # to the bit: normalising again moves the last one
+        return bank
 
     def _check(self, e: Tensor) -> None:
         if e.ndim != 2 or e.shape[1] != self.dim:
