@@ -19,11 +19,11 @@ def batch_of(identity: list[int]) -> FaceBatch:
     count = len(identity)
     who = torch.tensor(identity)
     return FaceBatch(
-        torch.zeros(count, 3, 0, 0, dtype=torch.uint8),
-        who,
-        torch.arange(count),
-        ["k"] * count,
-        torch.zeros(count, 5, 2),
+        image=torch.zeros(count, 3, 0, 0, dtype=torch.uint8),
+        identity=who,
+        index=torch.arange(count),
+        key=["k"] * count,
+        landmarks=torch.zeros(count, 5, 2),
     )
 
 
@@ -117,7 +117,9 @@ def test_perfect_and_worst(mining: str):
     perfect = torch.eye(4)[[0, 0, 1, 1]]
     assert loss_of(perfect, [0, 0, 1, 1], mining).tolist() == [0.0] * 4  # different people are 2 apart
     worst = torch.eye(4)[[0, 1, 0, 1]]
-    torch.testing.assert_close(loss_of(worst, [0, 0, 1, 1], mining).max(), torch.tensor(2.3))
+    # Semi-hard takes no negative that is nearer than the positive: here there is but one as far away.
+    expected = 0.3 if mining == "semi-hard" else 2.3
+    torch.testing.assert_close(loss_of(worst, [0, 0, 1, 1], mining).max(), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("mining", MININGS)
@@ -130,7 +132,8 @@ def test_gradients_are_finite_and_pull_the_right_way(mining: str):
     before.mean().backward()
     assert torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0
     with torch.no_grad():
-        after = loss_of(torch.nn.functional.normalize(z - 0.2 * z.grad, dim=-1), who, mining, 2.0)
+        # A small step: the same triplets are mined again.
+        after = loss_of(torch.nn.functional.normalize(z - 0.01 * z.grad, dim=-1), who, mining, 2.0)
     assert after.mean() < before.mean()
 
 
