@@ -49,5 +49,5 @@ class TextureExtractor(nn.Module):
         """(B,D,n,N) -> (B,N,D): a learned mix of mean and standard deviation over the n pixels of each patch."""
         x = x.float()
         mean, variance = x.mean(over), x.var(over, unbiased=False)
-        std = (variance + 1e-6).sqrt()
+        std = (variance + 1e-6).sqrt()  # a root has no gradient at 0, where a patch is flat
         return (self.mix[0, :, None] * mean + self.mix[1, :, None] * std).transpose(1, 2)
