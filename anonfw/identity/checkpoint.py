@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anonfw.weights import WeightsError
+
+# What torch and safetensors raise for damaged files: their readers check the structure as they go, or not.
+UNREADABLE = (
+    pickle.UnpicklingError, SafetensorError, struct.error, zipfile.BadZipFile, RuntimeError, ValueError, EOFError,
+    OSError, LookupError, TypeError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 class _Unread:
@@ -40,7 +48,7 @@ def read_state(file: Path, prefix: str) -> dict[str, Tensor]:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
             with torch.serialization.safe_globals([(_Unread, name) for name in names]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{file} is not a checkpoint that can be read safely: {reason}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}

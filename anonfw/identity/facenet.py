@@ -33,7 +33,7 @@ class FaceNet(Recognizer):
         WeightsError: neither a name nor a file, the file cannot be had, or it is not of this network.
     """
 
-    window = (-12.0, -12.0, 136.0)
+    window = (-6.0, -4.0, 124.0)
 
     def __init__(self, weights: str | Path = "facenet_vggface2") -> None:
         super().__init__()
