@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anonfw.align import window_to_arcface
 from anonfw.batch import FaceBatch, StepOut
 from anonfw.losses.anonymization import Anonymization
 from anonfw.nets.attention import ConcatKV
@@ -69,6 +70,9 @@ class Average(torch.nn.Module):
     """A recogniser that a test can compute by hand: the mean colour, as a unit vector."""
 
     name = "average"
+
+    def crop(self, images: torch.Tensor, alignment: str) -> torch.Tensor:
+        return window_to_arcface(images, alignment)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)

@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anonfw.align import window_to_arcface
 from anonfw.batch import FaceBatch, StepOut
-from anonfw.identity.base import Recognizer
+from anonfw.identity.base import Recognizer, embed_aligned
 from anonfw.losses.base import Loss
 
 
@@ -49,7 +48,7 @@ class Anonymization(Loss):
         """(B,). Needs `out.x0_hat` and a cross batch (`batch.partner` is the synthetic identity's photo)."""
         if batch.partner is None or out.x0_hat is None:
             raise ValueError("the anonymization loss needs a cross batch and a system that predicts an image")
-        ours = self.recognizer(window_to_arcface(out.x0_hat.clamp(-1, 1).float(), self.alignment))
+        ours = embed_aligned(self.recognizer, out.x0_hat.clamp(-1, 1).float(), self.alignment)
         to_real = 1 - (ours * self.embed(batch)).sum(-1)
         to_synthetic = 1 - (ours * self.embed(batch.partner)).sum(-1)
         gamma = self.gamma_of(out.t)
@@ -64,4 +63,4 @@ class Anonymization(Loss):
         if self.recognizer.name in batch.embeddings:
             return batch.embeddings[self.recognizer.name].float()
         with torch.no_grad():
-            return self.recognizer(window_to_arcface(batch.pixels(), self.alignment))
+            return embed_aligned(self.recognizer, batch.pixels(), self.alignment)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anonfw import diffusion
-from anonfw.align import window_to_arcface
 from anonfw.batch import FaceBatch, StepOut
+from anonfw.identity import embed_aligned
 from anonfw.nets.attention import GatedKV, install
 from anonfw.nets.identity_vae import IdentityVAE, Posterior, orthogonal
 from anonfw.nets.non_identity import Canvas, IdentityMask, NonIdentityExtractor, face_region
@@ -177,7 +177,7 @@ class ID2Face(System):
         if self.identity.name in batch.embeddings:
             return batch.embeddings[self.identity.name].float()
         with torch.no_grad():
-            return self.identity(window_to_arcface(batch.pixels(), "portrait"))
+            return embed_aligned(self.identity, batch.pixels(), "portrait")
 
     def identity_terms(self, e: Tensor, e_hat: Tensor, q: Posterior) -> dict[str, Tensor]:
         """`identity_vae` (N,): (1 - cos(e_hat, e)) + beta KL.  `alignment` (N/2,): symmetric KL within each pair."""
