@@ -71,14 +71,16 @@ def fold_accuracy(
 
 
 def best_threshold(scores: Array, same: NDArray[np.bool_]) -> float:
-    """The threshold with the most right decisions `score > threshold`; the lowest such score, or below all of them."""
+    """The threshold with the most right decisions `score > threshold`: amid the lowest gap between scores that has."""
     order = np.argsort(scores, kind="stable")
     scores, same = scores[order], same[order]
     # Rejecting the first k pairs: right are the impostors among them and the genuine ones behind them.
     right = np.append(0, np.cumsum(~same)) + np.append(np.cumsum(same[::-1])[::-1], 0)
     possible = np.append(True, np.append(scores[1:] > scores[:-1], True))  # equal scores fall together
     k = int(np.argmax(np.where(possible, right, -1)))
-    return float(scores[k - 1]) if k else -np.inf
+    if k in (0, len(scores)):
+        return np.inf if k else -np.inf
+    return (float(scores[k - 1]) + float(scores[k])) / 2
 
 
 def _impostor_pairs(identity: NDArray, count: int, rng: np.random.Generator) -> tuple[NDArray, NDArray]:

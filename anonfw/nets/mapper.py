@@ -66,18 +66,32 @@ class Ensemble(nn.Module):
 
 
 class Mapper(nn.Module):
-    """MLP D -> hidden -> ... -> dim with BatchNorm and ReLU between, unit-norm output. The paper: 2048, 1024, 512."""
+    """MLP D -> hidden -> ... -> dim with BatchNorm and ReLU between, unit-norm output. The paper: 2048, 1024, 512.
 
-    def __init__(self, inputs: int, hidden: Sequence[int] = (2048, 1024), dim: int = 512) -> None:
+    Args:
+        inputs: D.
+        hidden, dim: widths; no `hidden` is a linear map.
+        skip: add a linear map beside the MLP, orthogonal at first, while the MLP's last layer starts at zero: it begins
+            as a projection that keeps what the recognisers know, instead of forgetting it. Not in the paper.
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int] = (2048, 1024), dim: int = 512, skip: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self.scale = inputs**0.5  # unit norm to unit variance
+        self.skip = nn.utils.skip_init(nn.Linear, inputs, dim, bias=False) if skip else None
         for width in hidden:
             layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
             inputs = width
         self.layers = nn.Sequential(*layers, nn.Linear(inputs, dim))
         self.dim = dim
+        if self.skip is not None:
+            nn.init.orthogonal_(self.skip.weight)
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, v: Tensor) -> Tensor:
         """(B,D) -> (B,dim) unit norm."""
-        return F.normalize(self.layers(v * self.scale).float(), dim=-1)
+        v = v * self.scale
+        z = self.layers(v) if self.skip is None else self.layers(v) + self.skip(v)
+        return F.normalize(z.float(), dim=-1)

@@ -25,6 +25,7 @@ class IdentityMapper(System):
             is the sum of theirs.
         losses, optimizer, schedule, seed: as in `System`.
         hidden, dim: widths of the MLP; the paper's are 2048, 1024 and 512.
+        skip: a linear path beside the MLP (`Mapper`); better where training people are few.
         alignment: crop of the images, where there is no sidecar of a recogniser.
     """
 
@@ -37,11 +38,12 @@ class IdentityMapper(System):
         seed: int = 0,
         hidden: Sequence[int] = (2048, 1024),
         dim: int = 512,
+        skip: bool = False,
         alignment: str = "portrait",
     ) -> None:
         super().__init__(losses, optimizer, schedule, seed)
         self.ensemble = Ensemble(recognizers, alignment)
-        self.mapper = Mapper(self.ensemble.dim, hidden, dim)
+        self.mapper = Mapper(self.ensemble.dim, hidden, dim, skip)
 
     def step(self, batch: FaceBatch, rng: torch.Generator) -> StepOut:  # noqa: ARG002 the losses draw
         return StepOut(prediction=self.embed(batch))
