@@ -87,7 +87,7 @@ def _data(recipe: Mapping[str, Any]) -> str:
     from anonfw.data.table import local_folder
 
     train = recipe["data"]["train"]
-    dataset, split = str(train["dataset"]), train["split"]
+    dataset, split = str(train.get("dataset") or recipe["dataset"]), train["split"]
     try:
         card = Card.load(local_folder(dataset))
     except (DataError, OSError):

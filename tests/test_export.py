@@ -17,6 +17,7 @@ from anonfw import export as exporting
 from anonfw import recipe as recipes
 from anonfw.data.card import Card
 from anonfw.data.files import sha256_of
+from anonfw.data.open import open_loader
 from anonfw.errors import AnonfwError
 from anonfw.model_card import without_paths
 from anonfw.training import load, runs
@@ -34,7 +35,7 @@ def run(tiny_faces, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tiny_faces):
-    loader = recipes.build(tiny.recipe(tiny_faces)["data"]["test"])(shuffle=False)
+    loader = open_loader(tiny.recipe(tiny_faces), "test", shuffle=False)
     batch = next(iter(loader))
     loader.close()
     return batch
@@ -186,7 +187,7 @@ def test_a_table_of_other_weights_is_not_shown(judged, tmp_path):
 def test_a_card_without_its_data_says_so(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
-    recipe["data"]["train"]["dataset"] = "/somewhere/else/faces"
+    recipe["dataset"] = "/somewhere/else/faces"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (copy / "finished.json").unlink()
     text = (exporting.export(copy, tmp_path / "out") / "card.md").read_text()

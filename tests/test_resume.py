@@ -106,12 +106,8 @@ def test_a_run_that_was_cut_after_each_step(tiny_faces, tmp_path, monkeypatch, u
 
 
 def test_validation_and_grids_in_between_change_nothing(tiny_faces, tmp_path, undisturbed):
-    grid = (
-        "callbacks.grid={_target_: anonfw.training.grid.SampleGrid, _partial_: true, every: 2, rows: 2, loader: "
-        f"{{_target_: anonfw.data.FaceLoader, _partial_: true, dataset: {tiny_faces}, split: val, batch_size: 6, "
-        "sidecars: [arcface_mbf], workers: 0}}"
-    )
-    more = ["trainer.val_check_interval=1", "system.steps=2", grid]
+    grid = "callbacks.grid={_target_: anonfw.training.grid.SampleGrid, _partial_: true, rows: 2, every: 2}"
+    more = ["trainer.val_check_interval=1", grid]
     folder = tiny.train(tiny.recipe(tiny_faces, *more, f"run={tmp_path / 'run'}"))
     assert sorted(path.name for path in (folder / "grid").iterdir()) == [f"step-{s:07d}.png" for s in (2, 4, 6)]
     assert len(tiny.curve(folder, "val/loss")) == tiny.STEPS

@@ -7,8 +7,8 @@ import tiny_training as tiny
 import torch
 import torch.nn.functional as F
 
-from anonfw import recipe as recipes
 from anonfw.batch import FaceBatch
+from anonfw.data.open import open_loader
 from anonfw.nets.non_identity import face_region
 from anonfw.system import seed_of
 from anonfw.training.load import build_system
@@ -21,8 +21,8 @@ STEPS = "system.steps=3"
 @pytest.fixture(scope="module")
 def batch(tiny_faces) -> FaceBatch:
     """Four pairs of four people."""
-    node = tiny.recipe(tiny_faces)["data"]["train"] | {"limit_samples": None, "flip": 0.0, "batch_size": 24}
-    loader = recipes.build(node)(seed=3)
+    more = ("data.train.limit_samples=null", "data.train.flip=0.0", "data.train.batch_size=24")
+    loader = open_loader(tiny.recipe(tiny_faces, *more), "train", seed=3)
     drawn = next(iter(loader))
     loader.close()
     first = [drawn.identity.tolist().index(person) for person in dict.fromkeys(drawn.identity.tolist())]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from anonfw import __main__ as cli
 from anonfw import recipe as recipes
+from anonfw.data.open import open_loader
 from anonfw.errors import AnonfwError
 from anonfw.training import fit as fitting
 from anonfw.training import runs, throughput
@@ -48,7 +49,7 @@ def parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_takes_two_steps(path, tiny_faces, tmp_path):
-    more = ["trainer.max_steps=2", "trainer.val_check_interval=2", "system.steps=2", f"run={tmp_path / 'run'}"]
+    more = ["trainer.max_steps=2", "trainer.val_check_interval=2", f"run={tmp_path / 'run'}"]
     recipe = tiny.recipe(tiny_faces, *more, path=path)
     before = {name: p.detach().clone() for name, p in build_system(recipe).named_parameters() if p.requires_grad}
     folder = tiny.train(recipe)
@@ -81,7 +82,7 @@ def test_the_loss_curve_is_the_one_in_git(run):
 
 
 def test_the_tiny_trainings_cross_epochs(tiny_faces):
-    loader = recipes.build(tiny.recipe(tiny_faces)["data"]["train"])()
+    loader = open_loader(tiny.recipe(tiny_faces), "train")
     assert len(loader) == 3 < tiny.STEPS
 
 
@@ -240,7 +241,7 @@ def test_the_state_of_an_average_survives_a_file(tmp_path):
 
 def test_a_nan_ends_the_run_and_names_term_and_sample(tiny_faces, tmp_path, capsys):
     more = ["system.losses.planted={_target_: tiny_training.PlantedNaN, after: 3}", f"run={tmp_path / 'run'}"]
-    loader = recipes.build(tiny.recipe(tiny_faces, *more)["data"]["train"])(seed=0)
+    loader = open_loader(tiny.recipe(tiny_faces, *more), "train", seed=0)
     key = [batch.key[1] for batch in loader][2]
     loader.close()
     assert cli.main(["fit", str(tiny.RECIPE), *tiny.overrides(tiny_faces, *more)]) == 2
