@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from anonfw import align
 
 
-@given(
-    angle=st.floats(-3, 3), scale=st.floats(0.1, 10), x=st.floats(-500, 500), y=st.floats(-500, 500)
-)
+@given(angle=st.floats(-3, 3), scale=st.floats(0.1, 10), x=st.floats(-500, 500), y=st.floats(-500, 500))
 def test_similarity_recovers_what_was_done(angle: float, scale: float, x: float, y: float):
     turned = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     moved = align.ARCFACE_TEMPLATE @ turned.T + [x, y]
