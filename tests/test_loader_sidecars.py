@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import tiny_dataset as tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from anonfw.data import order
 from anonfw.data.card import DataError
 from anonfw.data.loader import FaceLoader
 
@@ -29,6 +32,20 @@ def loader(dataset: Path, tmp_path: Path, **arguments) -> FaceLoader:
         **arguments,
     }
     return FaceLoader(dataset, "train", bad_samples_file=tmp_path / "bad.jsonl", **given)
+
+
+@given(
+    st.integers(0, 2**40), st.integers(0, 99), st.lists(st.integers(2, 9), min_size=1, max_size=6), st.integers(1, 12)
+)
+def test_members_by_the_loop(seed: int, epoch: int, counts: list[int], wanted: int):
+    """The order of old checkpoints: a person at a time."""
+    count = np.array(counts)
+    first, person = np.cumsum(count) - count + 3, np.arange(len(count)) * 100_003
+    found = order.members(seed, epoch, person, first, count, wanted)
+    for row in range(len(count)):
+        noise = order.bits(seed, epoch, order.MEMBERS, np.arange(count[row]) + (int(person[row]) << 24))
+        drawn = np.resize(np.argsort(noise, kind="stable"), wanted)
+        assert found[row].tolist() == (first[row] + drawn).tolist()
 
 
 @pytest.mark.parametrize("mode", ["images", "pairs", "groups"])

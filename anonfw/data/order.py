@@ -63,8 +63,9 @@ def other_member(
 
 def members(seed: int, epoch: int, person: np.ndarray, first: np.ndarray, count: np.ndarray, wanted: int) -> np.ndarray:
     """(len(person), wanted) places of a person's samples in random order; repeated only where there are too few."""
-    chosen = np.empty((len(person), wanted), np.int64)
-    for row, (who, start, size) in enumerate(zip(person.tolist(), first.tolist(), count.tolist(), strict=True)):
-        noise = bits(seed, epoch, MEMBERS, np.arange(size) + (np.uint64(who) << np.uint64(24)))
-        chosen[row] = start + np.resize(np.argsort(noise, kind="stable"), wanted)
-    return chosen
+    begin = np.cumsum(count) - count  # of each person in the lists below, which lie one behind the other
+    row = np.repeat(np.arange(len(person)), count)
+    place = np.arange(len(row)) - begin[row]
+    noise = bits(seed, epoch, MEMBERS, place + (person[row] << 24))
+    drawn = place[np.lexsort((noise, row))]
+    return first[:, None] + drawn[begin[:, None] + np.arange(wanted) % count[:, None]]
