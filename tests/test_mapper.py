@@ -24,7 +24,7 @@ from anonfw.evaluate.mapping import MappingEvaluation, majority, other_photos
 from anonfw.identity.bank import IdentityBank
 from anonfw.nets.mapper import Ensemble, Mapper
 from anonfw.system import System
-from anonfw.training.load import load_system, load_weights
+from anonfw.training.load import build_system, load_system, load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -263,6 +263,27 @@ def test_validate_again_on_other_people(run, tmp_path, capsys):
     assert (out / "bank.safetensors").read_bytes() == (run / "bank.safetensors").read_bytes()
     assert cli.main(["validate", str(run), "evaluate.min_photos=9", "--out", str(out), "--device", "cpu"]) == 2
     assert "0 people with 9 photos or more" in capsys.readouterr().err
+
+
+def test_the_papers_recipe_with_recognisers_that_can_be_had():
+    names = ("arcface_r50", "farl_ep64", "facenet_vggface2")
+    nodes = ", ".join(f"{{_target_: test_mapper.Named, name: {name}, dim: 512}}" for name in names)
+    recipe = recipes.read(tiny.ROOT / "recipes" / "paper" / "identity_mapper.yaml", [f"system.recognizers=[{nodes}]"])
+    assert all(recipe["data"][part]["sidecars"] == list(names) for part in ("train", "validate", "test"))
+    system = build_system(recipe)
+    assert system.mapper.layers[0].weight.shape == (2048, 1536) and system.mapper.skip is None
+    batch = batch_of(8, dict.fromkeys(names, 512))
+    optimizer = system.configure_optimizers()["optimizer"]
+    losses = []
+    for step in range(30):
+        loss, _ = system.total(batch, system.rng("train", step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    # 50 times 500,000 photos.
+    assert recipe["trainer"]["max_steps"] * recipe["data"]["train"]["batch_size"] == pytest.approx(25e6, rel=1e-3)
 
 
 # The measurement
