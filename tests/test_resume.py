@@ -184,7 +184,7 @@ def test_kill_9_and_the_same_command_again(tiny_faces, tmp_path, root):
     with open(tmp_path / "output", "wb") as output:
         process = subprocess.Popen(command(folder), cwd=tmp_path, env=environment, stdout=output, stderr=output)
         try:
-            until = time.monotonic() + 110
+            until = time.monotonic() + 280
             while not held.exists():
                 assert process.poll() is None and time.monotonic() < until, (tmp_path / "output").read_text()
                 time.sleep(0.05)
