@@ -45,6 +45,7 @@ class ID2Face(System):
         max_weight: gamma of `diffusion.snr_weight`; None for no weighting.
         face_weight: extra weight of the error inside the hidden region (1 = none). Outside it the source is kept.
         sampler, steps: of `anonymize`. orthogonal_in: where the drawn identity is at right angles to the source.
+        guidance, guidance_from: w and c' of `guided`; 1 is none, which is what the abstract promises to do without.
         paste: whether pixels outside the face are the source's own.
     """
 
@@ -76,6 +77,8 @@ class ID2Face(System):
         sampler: diffusion.Sampler = "dpm++",
         steps: int = 12,
         orthogonal_in: Literal["latent", "recognizer", "none"] = "latent",
+        guidance: float = 1.0,
+        guidance_from: Literal["null", "source"] = "null",
         paste: bool = True,
     ) -> None:
         super().__init__(losses, optimizer, schedule, seed)
@@ -83,6 +86,7 @@ class ID2Face(System):
         self.null_share = null_share if masking in ("token", "both") else 0.0
         self.self_share, self.gate, self.max_weight, self.beta = self_share, gate, max_weight, beta
         self.sampler, self.steps, self.orthogonal_in, self.paste = sampler, steps, orthogonal_in, paste
+        self.guidance, self.guidance_from = guidance, guidance_from
 
         self.canvas = Canvas(size, canvas)
         grid = self.canvas.side // codec.factor
@@ -213,13 +217,15 @@ class ID2Face(System):
 
     @torch.no_grad()
     def anonymize(self, batch: FaceBatch, draw: int = 0) -> Tensor:
-        e_hat = self.draw_identity(batch, draw)
-        return self.render(batch, e_hat, draw)
+        return self.render(batch, self.draw_identity(batch, draw), draw, self.guidance)
 
     @torch.no_grad()
     def reconstruct(self, batch: FaceBatch, draw: int = 0) -> Tensor:
         """(B,3,H,H) in [-1,1]: the same photographs rendered with the people's own identity (for sample grids)."""
-        return self.render(batch, self.vae.decode(self.vae.encode(self.embed(batch)).mu), draw)
+        return self.render(batch, self.own_identity(batch), draw)
+
+    def own_identity(self, batch: FaceBatch) -> Tensor:
+        return self.vae.decode(self.vae.encode(self.embed(batch)).mu)
 
     def draw_identity(self, batch: FaceBatch, draw: int) -> Tensor:
         """OIM: z_r ~ N(0,I) at right angles to mu(x), decoded; optionally again in the recogniser's space. (B,dim)."""
@@ -231,19 +237,23 @@ class ID2Face(System):
         e_hat = self.vae.decode(orthogonal(z_r, z_s))
         return F.normalize(orthogonal(e_hat, e), dim=-1) if self.orthogonal_in == "recognizer" else e_hat
 
-    def render(self, batch: FaceBatch, e_hat: Tensor, draw: int) -> Tensor:
+    def render(self, batch: FaceBatch, e_hat: Tensor, draw: int, guidance: float = 1.0) -> Tensor:
         x = batch.pixels()
         visible, region = self.mask(x)
         c_n, c_id = self.extract(visible, region, batch), self.identity_tokens(e_hat)
         beside = self.beside(visible, region)
+        away = self.null_identity.expand_as(c_id)
+        if guidance != 1 and self.guidance_from == "source":
+            away = self.identity_tokens(self.own_identity(batch))
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            """prediction(c') + w (prediction(c_id) - prediction(c')): away from no identity, or from the source's."""
+            prediction = self.predict(x_t, t, beside, c_id, c_n)
+            if guidance == 1:
+                return prediction
+            return prediction.lerp(self.predict(x_t, t, beside, away, c_n), 1 - guidance)
+
         noise = self.noise_of(batch, "noise", draw, (self.codec.channels, *beside.shape[2:]))
-        x_0 = diffusion.sample(
-            self.noise,
-            lambda x_t, t: self.predict(x_t, t, beside, c_id, c_n),
-            noise,
-            self.steps,
-            self.sampler,
-            self.codec.clip,
-        )
+        x_0 = diffusion.sample(self.noise, guided, noise, self.steps, self.sampler, self.codec.clip)
         out = self.canvas.put(x, self.codec.decode(x_0).clamp(-1, 1))
         return x + self.paste_mask * (out - x) if self.paste else out
