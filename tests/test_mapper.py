@@ -167,7 +167,7 @@ def test_a_run_ends_with_table_and_bank(run, capsys):
     text = (run / "table.txt").read_text()
     for name in ("mapper", "joined", "arcface_mbf", "edgeface_s"):
         assert f"\n{name} " in text
-    assert "8 people" in text and "mapper minus arcface_mbf" in text
+    assert "8 people" in text and "mapper minus arcface_mbf" in text and "joined minus edgeface_s" in text
     assert sorted(path.name for path in run.glob("table.*")) == ["table.csv", "table.json", "table.md", "table.txt"]
     table = json.loads((run / "table.json").read_text())
     assert table["bank"] == 12 and table["settings"]["bank"]["split"] == "train"
@@ -374,10 +374,11 @@ def test_consistent_collapsed_and_random_embeddings():
         assert report.value("mapper", name).value == 1.0
     for name in ("centre", "majority", "pairs"):
         assert report.value("collapsed", name).value == 1.0, "consistency alone can be had for nothing"
-    assert report.value("collapsed", "distinct").value == pytest.approx(1 / 30), "and the last column says so"
+    assert report.value("collapsed", "distinct").value == pytest.approx(1 / 30), "and the last columns say so"
+    assert report.value("collapsed", "strangers").value == 1.0
     assert report.value("mapper", "distinct").value > 0.85
     assert report.value("random", "pairs").value < 0.05 and 0.2 <= report.value("random", "majority").value < 0.35
-    assert report.differences["random"].low > 0.8
+    assert report.differences["mapper minus random"].low > 0.8
     text = report.text()
     assert "mapper minus random" in text and text.count("better") and "500 synthetic identities" in text
 
@@ -396,6 +397,9 @@ def test_measures_by_loops(seed: int):
         hit.append((e[others].sum(0) @ centres.T).argmax() == mapped[i])
     assert report.value("mapper", "pairs").value == pytest.approx(np.mean(agree))
     assert report.value("mapper", "centre").value == pytest.approx(np.mean(hit))
+    apart = [(i, j) for i in range(len(person)) for j in range(i) if person[i] != person[j]]
+    expected = np.mean([mapped[i] == mapped[j] for i, j in apart])
+    assert report.value("mapper", "strangers").value == pytest.approx(expected)
     wholes = {(e[person == who].sum(0) @ centres.T).argmax() for who in range(6)}
     assert report.value("mapper", "distinct").value == pytest.approx(len(wholes) / 6)
 

@@ -33,7 +33,8 @@ class MappingReport(Table):
     Attributes:
         thresholds: row name -> its operating points, one a false positive rate.
         people, photos: evaluated. bank: synthetic identities. folds: of the accuracy.
-        differences: other row -> the mapper's consistency (centre) minus that row's, as a paired estimate over people.
+        differences: "one minus other" -> difference in consistency (centre), paired over people: the first two rows
+            against those below them.
         settings: where bank and people come from, seed, limits.
     """
 
@@ -57,11 +58,12 @@ class MappingReport(Table):
                 ],
             ),
             (
-                f"A person's photos on {self.bank} synthetic identities: higher is better",
+                f"A person's photos on {self.bank} synthetic identities: higher is better, but for two people's photos",
                 [
                     Column("centre", ("as their", "other photos %"), percent=True),
                     Column("majority", ("as their", "majority %"), percent=True),
                     Column("pairs", ("pairs that", "agree %"), percent=True),
+                    Column("strangers", ("two people's", "agree %"), 2, 2, percent=True),
                     Column("distinct", ("identities", "per 100 people"), percent=True),
                 ],
             ),
@@ -74,13 +76,14 @@ class MappingReport(Table):
             "thresholds and a bank of its own",
             "as their other photos: the photo's identity is that of the mean of the person's other photos",
             "majority: no person with two photos is below 50 % there; pairs has no such floor",
-            f"identities per 100 people: of the people's centres; thrown at random it would be {100 * by_chance:.1f}. "
-            "An embedding that maps everybody to one identity is consistent, and useless",
+            f"two people's: pairs of different people's photos with one identity, by chance {100 / self.bank:.2f}; an "
+            "embedding that maps more people to one identity is more consistent for nothing",
+            f"identities per 100 people: of the people's centres; thrown at random it would be {100 * by_chance:.1f}",
         ]
         for name, e in self.differences.items():
             verdict = "better" if e.low > 0 else "worse" if e.high < 0 else "cannot be told apart"
             lines.append(
-                f"mapper minus {name}, as their other photos: {100 * e.value:+.1f} points "
+                f"{name}, as their other photos: {100 * e.value:+.1f} points "
                 f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]: {verdict}"
             )
         return lines
@@ -177,11 +180,15 @@ class MappingEvaluation:
             recognition, thresholds[name], folds = self._recognition(e.numpy(), person)
             mapping, hits[name] = self._mapping(e, person, banks[name])
             table[name] = recognition | mapping
-        own, *others = hits
-        differences = {name: mean_interval(hits[own] - hits[name], person, self.seed) for name in others}
+        names = list(hits)
+        differences = {
+            f"{one} minus {name}": mean_interval(hits[one] - hits[name], person, self.seed)
+            for place, one in enumerate(names[:2])
+            for name in names[place + 1 :]
+        }
         settings = {"min_photos": self.min_photos, "photos_per_person": self.photos_per_person, "seed": self.seed}
         return MappingReport(
-            table, thresholds, people, len(rows), len(banks[own]), folds, differences, settings=settings
+            table, thresholds, people, len(rows), len(banks[names[0]]), folds, differences, settings=settings
         )
 
     def choose(self, identity: np.ndarray) -> np.ndarray:
@@ -214,10 +221,15 @@ class MappingEvaluation:
         first, second = verification.genuine_pairs(person)
         whole = bank.of_people(e, torch.from_numpy(person)).numpy()
         distinct, people = len(np.unique(whole)), len(np.unique(person))
+        alike = (mapped[first] == mapped[second]).sum()
+        count = np.bincount(mapped)
+        others = len(e) * (len(e) - 1) // 2 - len(first)
+        strangers = float((count * (count - 1) // 2).sum() - alike) / others
         row = {
             "centre": rate_interval(centre, person, self.seed),
             "majority": rate_interval(mapped == majority(mapped, person), person, self.seed),
             "pairs": rate_interval(mapped[first] == mapped[second], person[first], self.seed),
+            "strangers": Estimate(strangers, float("nan"), float("nan"), others, people, "constant"),
             "distinct": Estimate(distinct / people, float("nan"), float("nan"), people, people, "constant"),
         }
         return row, centre
