@@ -28,6 +28,11 @@ class Posterior:
         """(B,Z) KL(q || N(0,1)) of each dimension, in nats: -1/2 (1 + logvar - mu^2 - exp(logvar))."""
         return -0.5 * (1 + self.logvar - self.mu.square() - self.logvar.exp())
 
+    def statistics(self) -> dict[str, Tensor]:
+        """`kl`: nats of all dimensions, mean over the batch. `active_dimensions`: those with more than 0.05 nats."""
+        kl = self.kl_to_prior().detach().mean(0)
+        return {"kl": kl.sum(), "active_dimensions": (kl > 0.05).sum().float()}
+
     def symmetric_kl(self, other: Posterior) -> Tensor:
         """(B,) KL(q||p) + KL(p||q), averaged over the dimensions."""
         var, var_o, gap = self.logvar.exp(), other.logvar.exp(), (self.mu - other.mu).square()

@@ -31,10 +31,8 @@ class ID2Face(System):
 
     Args:
         size: H of the images in px. identity: frozen recogniser. codec: pixels or a frozen autoencoder.
-        unet: (in_channels, out_channels, grid, token_width) -> diffusers U-Net.
-        noise: the noise schedule (`anonfw.diffusion.noise_schedule`).
-        token_width: D. identity_tokens: tokens made of e_hat. latent_dim: Z of the identity VAE.
-        beta: weight of the KL inside the VAE's loss.
+        unet: (in_channels, out_channels, grid, token_width) -> diffusers U-Net. noise: `diffusion.noise_schedule`.
+        token_width: D. identity_tokens: made of e_hat. latent_dim: Z of the VAE; beta: weight of its KL.
         masking: identity-masked learning. `spatial`: the inner face is hidden from E_n; `token`: identity tokens are
             replaced by a learned null with probability `null_share`; `both`.
         cell: side of the averages that stay visible inside the face (px at 112). factors, landmarks: what the
@@ -45,8 +43,7 @@ class ID2Face(System):
         max_weight: gamma of `diffusion.snr_weight`; None for no weighting.
         face_weight: extra weight of the error inside the hidden region (1 = none). Outside it the source is kept.
         sampler, steps: of `anonymize`. orthogonal_in: where the drawn identity is at right angles to the source.
-        guidance, guidance_from: w and c' of `guided`; 1 is none, which is what the abstract promises to do without.
-        paste: whether pixels outside the face are the source's own.
+        guidance, guidance_from: w and c' of `guided`; 1 is none. paste: keep the source's pixels outside the face.
     """
 
     def __init__(
@@ -87,7 +84,6 @@ class ID2Face(System):
         self.self_share, self.gate, self.max_weight, self.beta = self_share, gate, max_weight, beta
         self.sampler, self.steps, self.orthogonal_in, self.paste = sampler, steps, orthogonal_in, paste
         self.guidance, self.guidance_from = guidance, guidance_from
-
         self.canvas = Canvas(size, canvas)
         grid = self.canvas.side // codec.factor
         self.vae = IdentityVAE(identity.dim, latent_dim)
@@ -147,7 +143,7 @@ class ID2Face(System):
             t=t,
             weight=diffusion.snr_weight(self.noise, t, self.max_weight),
             terms=self.identity_terms(self.embed(pair), e_hat, q),
-            metrics=self.latent_metrics(q),
+            metrics=q.statistics(),
         )
 
     def predict(self, x_t: Tensor, t: Tensor, beside: Tensor, c_id: Tensor, c_n: Tensor) -> Tensor:
@@ -191,12 +187,8 @@ class ID2Face(System):
             "alignment": one.symmetric_kl(other),
         }
 
-    def latent_metrics(self, q: Posterior) -> dict[str, Tensor]:
-        kl = q.kl_to_prior().detach().mean(0)
-        return {"kl": kl.sum(), "active_dimensions": (kl > 0.05).sum().float()}
-
     def validation_step(self, batch: FaceBatch, batch_idx: int) -> None:
-        """Also logs what inference will meet: cosines of drawn identities to their source, and how alike they are."""
+        """Also logs what inference meets: cosines of drawn identities to their source, and how alike they are."""
         super().validation_step(batch, batch_idx)
         e = self.embed(batch)
         z_s = self.vae.encode(e).mu
@@ -221,7 +213,7 @@ class ID2Face(System):
 
     @torch.no_grad()
     def reconstruct(self, batch: FaceBatch, draw: int = 0) -> Tensor:
-        """(B,3,H,H) in [-1,1]: the same photographs rendered with the people's own identity (for sample grids)."""
+        """The same photographs rendered with the people's own identity, for sample grids."""
         return self.render(batch, self.own_identity(batch), draw)
 
     def own_identity(self, batch: FaceBatch) -> Tensor:
