@@ -113,8 +113,7 @@ class ID2Face(System):
 
     def step(self, batch: FaceBatch, rng: torch.Generator) -> StepOut:
         pair = FaceBatch.concatenate([batch, batch.partner])
-        x = pair.pixels()
-        n = len(pair)
+        x, n = pair.pixels(), len(pair)
 
         # Condition: identity latents, and what is seen of the image without its inner face.
         q = self.vae.encode(self.embed(pair))
