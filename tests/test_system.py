@@ -280,12 +280,21 @@ def test_a_drawn_identity_is_at_right_angles_to_the_source(build, batch, monkeyp
 
 def test_a_reconstruction_keeps_the_identity_that_an_anonymization_replaces(system, batch, monkeypatch):
     used = []
-    monkeypatch.setattr(system, "render", lambda batch, e_hat, _draw: used.append(e_hat) or batch.pixels())
+    monkeypatch.setattr(system, "render", lambda batch, e_hat, *_: used.append(e_hat) or batch.pixels())
     system.reconstruct(batch)
     system.anonymize(batch)
     own, drawn = used
     torch.testing.assert_close(own, system.vae.decode(system.vae.encode(system.embed(batch)).mu))
     assert not torch.allclose(own, drawn, atol=1e-2)
+
+
+@pytest.mark.parametrize("source", ["nobody", "source"])
+def test_guidance_leaves_one_condition_for_the_other(build, batch, source):
+    """w = 1 is the drawn identity alone; w = 0 is c' alone, which does not know what was drawn."""
+    guided = build(f"system.guidance_from={source}", "system.steps=2")
+    drawn, other = (torch.nn.functional.normalize(torch.randn(2, len(batch), 512), dim=-1)).unbind(0)
+    assert torch.equal(guided.render(batch, drawn, 0, 0.0), guided.render(batch, other, 0, 0.0))
+    assert not torch.equal(guided.render(batch, drawn, 0, 2.0), guided.render(batch, drawn, 0, 1.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])

@@ -75,7 +75,7 @@ class ID2Face(System):
         steps: int = 12,
         orthogonal_in: Literal["latent", "recognizer", "none"] = "latent",
         guidance: float = 1.0,
-        guidance_from: Literal["null", "source"] = "null",
+        guidance_from: Literal["nobody", "source"] = "nobody",
         paste: bool = True,
     ) -> None:
         super().__init__(losses, optimizer, schedule, seed)
