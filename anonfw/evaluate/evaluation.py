@@ -146,13 +146,8 @@ class Evaluation:
         return report
 
     def measure(self, system: Any, recipe: Mapping[str, Any], folder: Path, grid_rows: int = 6) -> Report:
-        """Collect `data.test`, run, and write grid.png.
+        """Collect the whole of `data.test` in a fixed order, run, and write grid.png with `grid_rows` people.
 
-        The loader is asked for the whole split, in a fixed order.
-
-        Args:
-            system: in eval mode. folder: gets grid.png.
-            grid_rows: photos in the grid, each of another person as far as there are so many.
         Raises:
             EvaluationError: the recipe states another crop than the data set's card.
         """
@@ -276,15 +271,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def evaluate_system(system: Any, recipe: Mapping[str, Any], folder: str | Path) -> Table:
-    """Evaluate a trained system as its recipe says, and write what comes out into `folder`.
-
-    One process does it for all.
+    """Evaluate a trained system as its recipe says, and write what comes out into `folder`. One process does it.
 
     Args:
         system: a `System` on its device, with its averaged weights; in eval mode while this runs.
         recipe: its section `evaluate` has `measure(system, recipe, folder) -> Table`.
-        folder: gets table.{txt,md,csv,json}, what `measure` writes, and bad_samples.jsonl where a photo could not be
-            read.
+        folder: gets table.{txt,md,csv,json}, and what `measure` writes.
     Raises:
         EvaluationError: the recipe lacks that section or `data.test`.
     """
