@@ -81,7 +81,7 @@ class AdaFace(Recognizer):
         ValueError: no such block.
     """
 
-    def __init__(self, weights: str | Path = "adaface_ir50", block: int = 2) -> None:
+    def __init__(self, weights: str | Path = "adaface_ir50_webface4m", block: int = 2) -> None:
         super().__init__()
         found = origin(weights)
         self.name, self.licence, self.sha256 = found.name, found.licence, found.sha256
