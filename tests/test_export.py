@@ -299,7 +299,7 @@ def test_a_base_is_small(run, tmp_path, monkeypatch):
     [
         ("system.latent_dim=9", "of another shape"),
         ("system.unet.blocks=2", "missing"),
-        ("system.landmarks=false", "shape"),
+        ("system.landmarks=true", "shape"),
     ],
 )
 def test_weights_of_another_network_are_refused_whole(run, tiny_faces, change, words):
