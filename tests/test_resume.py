@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_network_is_refused(tiny_faces, tmp_path, undist
 
     left = runs.newest(undisturbed([]))
     for number, (change, words) in enumerate(
-        [("system.gate=prediction", "another network"), ("system.landmarks=false", "another network"),
+        [("system.gate=prediction", "another network"), ("system.landmarks=true", "another network"),
          ("system.unet.blocks=2", "another network")]
     ):  # fmt: skip
         recipe = tiny.recipe(tiny_faces, change, f"run={tmp_path / str(number)}")
