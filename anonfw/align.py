@@ -153,7 +153,6 @@ def warp_batch(images: Tensor, matrices: Tensor, out: int) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-
     b, _, h, w = images.shape
     full = torch.zeros(b, 3, 3, device=images.device, dtype=torch.float32)
     full[:, :2] = matrices.to(torch.float32)
