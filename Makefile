@@ -34,11 +34,11 @@ $(STAMP): pyproject.toml
 	@echo "installed: $$($(BIN)/python -c 'import importlib.metadata as m; print("anonfw", m.version("anonfw"), "with torch", m.version("torch"))')"
 
 .PHONY: demo
-demo: $(STAMP) ## install, train ID2Face on the embedded faces, print the table (about 12 minutes on 2 cores)
+demo: $(STAMP) ## install, train ID2Face on the embedded faces, print the table (6 minutes on 2 cores)
 	$(BIN)/python -m anonfw fit $(RECIPE)
 
 .PHONY: test
-test: $(STAMP) ## install and run the whole test suite (under 10 minutes on 2 cores)
+test: $(STAMP) ## install and run the whole test suite (4 to 5 minutes on 2 cores)
 	$(TEST)
 
 .PHONY: check
