@@ -42,7 +42,7 @@ test: $(STAMP) ## install and run the whole test suite (4 to 5 minutes on 2 core
 	$(TEST)
 
 .PHONY: check
-check: lint ## lint and the quick part of the suite (about a minute)
+check: lint ## lint and the quick part of the suite (under two minutes on 2 cores)
 	$(TEST) -m "not slow"
 
 .PHONY: lint

@@ -28,6 +28,8 @@ from anonfw.identity.facenet import empty_net
 from anonfw.identity.facenet_graph import convert
 from anonfw.identity.farl import empty_tower
 
+pytestmark = pytest.mark.slow  # real networks: `make test` has them, `make check` does not
+
 
 def pictures(count: int, size: int, seed: int = 0) -> Tensor:
     """(count,3,size,size) smooth colour fields in [-1,1]."""

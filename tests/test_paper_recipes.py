@@ -11,6 +11,8 @@ from anonfw import recipe as recipes
 from anonfw.batch import FaceBatch
 from anonfw.training import build_system
 
+pytestmark = pytest.mark.slow  # real networks: `make test` has them, `make check` does not
+
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
