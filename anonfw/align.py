@@ -143,25 +143,3 @@ def _resampling(size: int, start: float, side: float, out: int, device: torch.de
     np.add.at(matrix, (np.arange(out)[:, None], inside), weights / weights.sum(1, keepdims=True))
     with torch.inference_mode(False):  # it is kept, and may next be wanted for a gradient
         return torch.from_numpy(matrix).to(device, dtype)
-
-
-def warp_batch(images: Tensor, matrices: Tensor, out: int) -> Tensor:
-    """Differentiable crops under one similarity each: (B,3,h,w), (B,2,3) source pixels -> crop pixels -> (B,3,out,out).
-
-    Pixel (i,j) is the centre of the pixel, as in `warp`.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    b, _, h, w = images.shape
-    full = torch.zeros(b, 3, 3, device=images.device, dtype=torch.float32)
-    full[:, :2] = matrices.to(torch.float32)
-    full[:, 2, 2] = 1
-    inverse = torch.linalg.inv(full)[:, :2]
-    steps = torch.arange(out, device=images.device, dtype=torch.float32)
-    xs, ys = torch.meshgrid(steps, steps, indexing="xy")
-    points = torch.stack([xs, ys, torch.ones_like(xs)], -1).reshape(-1, 3)
-    source = (points @ inverse.transpose(1, 2)).reshape(b, out, out, 2)
-    scale = torch.tensor([2.0 / w, 2.0 / h], device=images.device)
-    grid = (source + 0.5) * scale - 1
-    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False)

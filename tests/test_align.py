@@ -50,16 +50,6 @@ def test_window_of_the_portrait_is_the_arcface_crop(size: int):
     assert (window - expected)[..., 4:-4, 4:-4].abs().mean() < 0.03
 
 
-def test_batched_warp_is_the_image_warp():
-    rng = np.random.default_rng(0)
-    photo = (rng.random((40, 40, 3)).repeat(4, 0).repeat(4, 1) * 255).astype(np.uint8)
-    matrix = align.similarity(align.ARCFACE_TEMPLATE * 1.1 + 10, align.template("arcface", 112))
-    expected = align.warp(photo, matrix, 112).astype(np.float32) / 127.5 - 1
-    image = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 127.5 - 1
-    ours = align.warp_batch(image, torch.from_numpy(matrix)[None], 112)[0].permute(1, 2, 0).numpy()
-    assert np.abs(ours - expected)[2:-2, 2:-2].mean() < 0.01
-
-
 def test_a_shrinking_window_does_not_alias():
     """A pattern finer than the recogniser's pixels becomes its mean; sampled without a filter it would be a new one."""
     stripes = torch.tensor([-1.0, 1.0]).repeat(160)

@@ -113,10 +113,10 @@ class ID2Face(System):
 
     def step(self, batch: FaceBatch, rng: torch.Generator) -> StepOut:
         pair = FaceBatch.concatenate([batch, batch.partner])
-        x, n = pair.pixels(), len(pair)
+        x, n, e = pair.pixels(), len(pair), self.embed(pair)
 
         # Condition: identity latents, and what is seen of the image without its inner face.
-        q = self.vae.encode(self.embed(pair))
+        q = self.vae.encode(e)
         e_hat = self.vae.decode(q.sample(rng))
         visible, region = self.mask(x)
         c_n = self.extract(visible, region, pair)
@@ -141,7 +141,7 @@ class ID2Face(System):
             target=diffusion.target(self.noise, x_0, eps, t) * scale,
             t=t,
             weight=diffusion.snr_weight(self.noise, t, self.max_weight),
-            terms=self.identity_terms(self.embed(pair), e_hat, q),
+            terms=self.identity_terms(e, e_hat, q),
             metrics=q.statistics(),
         )
 
