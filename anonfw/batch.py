@@ -23,6 +23,11 @@ class FaceBatch:
         landmarks: (B,5,2) float32, x and y in pixels of `image`: eyes, nose tip, mouth corners (image left first).
         factors: name -> (B,) float32, measured properties such as `yaw`; NaN where a sample has none.
         embeddings: recogniser name -> (B,D) float32 unit-norm, joined from sidecars.
+        caption: B strings, what a sentence says of each picture; empty where the data set has no captions.
+        latents: (B,c,h,w) float32, the autoencoder's encoding of each picture as it is in the batch (mirrored where it
+            is), times its scaling factor; from sidecars. None where none were asked for.
+        text: encoded captions from sidecars: `states` (B,77,D) and, with SDXL's second encoder, `pooled` (B,P);
+            float32. Empty where none were asked for.
         partner: the second half of a pair, row by row: another photo of the same person (pairs), or a sample of
             another data set (cross batches). None for plain batches.
     """
@@ -34,6 +39,9 @@ class FaceBatch:
     landmarks: Tensor
     factors: dict[str, Tensor] = field(default_factory=dict)
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    caption: list[str] = field(default_factory=list)
+    latents: Tensor | None = None
+    text: dict[str, Tensor] = field(default_factory=dict)
     partner: FaceBatch | None = None
 
     def __len__(self) -> int:
@@ -71,16 +79,19 @@ class FaceBatch:
         rows = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
         taken = self._map(lambda tensor: tensor[rows.to(tensor.device)])
 
-        def rekey(batch: FaceBatch) -> FaceBatch:
-            partner = rekey(batch.partner) if batch.partner is not None else None
-            return replace(batch, key=[batch.key[i] for i in rows.tolist()], partner=partner)
+        def reword(batch: FaceBatch) -> FaceBatch:
+            partner = reword(batch.partner) if batch.partner is not None else None
+            key = [batch.key[i] for i in rows.tolist()]
+            caption = [batch.caption[i] for i in rows.tolist()] if batch.caption else []
+            return replace(batch, key=key, caption=caption, partner=partner)
 
-        return rekey(taken)
+        return reword(taken)
 
     @staticmethod
     def concatenate(batches: list[FaceBatch]) -> FaceBatch:
-        """One batch of all rows. Partners are dropped; factors and embeddings must have the same names everywhere."""
+        """One batch of all rows. Partners are dropped; all must have the same factors, embeddings, text, and so on."""
         first = batches[0]
+        has_latents = first.latents is not None
         return FaceBatch(
             image=torch.cat([b.image for b in batches]),
             identity=torch.cat([b.identity for b in batches]),
@@ -89,6 +100,9 @@ class FaceBatch:
             landmarks=torch.cat([b.landmarks for b in batches]),
             factors={name: torch.cat([b.factors[name] for b in batches]) for name in first.factors},
             embeddings={name: torch.cat([b.embeddings[name] for b in batches]) for name in first.embeddings},
+            caption=[caption for b in batches for caption in b.caption],
+            latents=torch.cat([b.latents for b in batches]) if has_latents else None,
+            text={name: torch.cat([b.text[name] for b in batches]) for name in first.text},
         )
 
 
