@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anonfw.identity.bank import BankError, IdentityBank, centres_of
+from anonfw.identity.bank import AGE_GROUPS, BankError, IdentityBank, centres_of
 
 seeds = st.integers(0, 10**6)
 
@@ -145,3 +145,133 @@ def test_labels_out_of_range():
         IdentityBank(e[:0], [], "x")
     with pytest.raises(BankError, match="not finite"):
         IdentityBank.from_embeddings(e * torch.nan, torch.tensor([0, 1, 1]), names, "x")
+
+
+# A ceiling on the cosine, and people like the person
+
+
+@given(seeds, st.integers(1, 20), st.integers(1, 12), st.floats(-1, 1))
+def test_nobody_above_the_ceiling_and_the_best_below(seed: int, count: int, people: int, ceiling: float):
+    bank, e = bank_of(count, seed), unit(people, seed + 1)
+    cosine = e @ bank.centres.T
+    if (cosine.min(1).values > ceiling).any():
+        with pytest.raises(BankError, match="no identity has a cosine of"):
+            bank.nearest(e, ceiling)
+        return
+    chosen = bank.nearest(e, ceiling)
+    for row, number in zip(cosine.tolist(), chosen.tolist(), strict=True):
+        assert row[number] == max(value for value in row if value <= ceiling)
+
+
+@given(seeds, st.integers(1, 4), st.integers(0, 3), st.floats(-0.5, 1))
+def test_one_to_one_below_the_ceiling_is_the_best_of_all(seed: int, people: int, spare: int, ceiling: float):
+    bank, e = bank_of(people + spare, seed), unit(people, seed + 1)
+    cosine = (e @ bank.centres.T).tolist()
+    sums = [
+        sum(cosine[row][column] for row, column in enumerate(columns))
+        for columns in itertools.permutations(range(people + spare), people)
+        if all(cosine[row][column] <= ceiling for row, column in enumerate(columns))
+    ]
+    if not sums:
+        with pytest.raises(BankError, match="cannot have one of .* raise the ceiling"):
+            bank.assign(e, ceiling)
+        return
+    chosen = bank.assign(e, ceiling).tolist()
+    assert len(set(chosen)) == people
+    assert sum(cosine[row][column] for row, column in enumerate(chosen)) == pytest.approx(max(sums), abs=1e-5)
+
+
+def drawn_attributes(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {"female": torch.rand(count, generator=generator), "age": 90 * torch.rand(count, generator=generator)}
+    return {
+        name: values.masked_fill(torch.rand(count, generator=generator) < 0.2, torch.nan)
+        for name, values in drawn.items()
+    }
+
+
+@given(seeds, st.integers(1, 15), st.integers(1, 10), st.sets(st.sampled_from(["female", "age"])))
+def test_like_the_person_in_sex_then_age_then_cosine(seed: int, count: int, people: int, by: set[str]):
+    bank, e = bank_of(count, seed), unit(people, seed + 1)
+    bank.attributes = drawn_attributes(count, seed)
+    like = {name: values for name, values in drawn_attributes(people, seed + 1).items() if name in by}
+
+    def rank(row: int, number: int) -> tuple[bool, int, float]:
+        """Smaller is better; the rule of the class's description, word for word."""
+        other_sex, groups = False, 0
+        if "female" in by and not like["female"][row].isnan():
+            had = bank.attributes["female"][number]
+            other_sex = bool(had.isnan()) or bool(had >= 0.5) != bool(like["female"][row] >= 0.5)
+        if "age" in by and not like["age"][row].isnan():
+            had = bank.attributes["age"][number]
+            group = [sum(float(age) >= start for start in AGE_GROUPS) for age in (had, like["age"][row])]
+            groups = len(AGE_GROUPS) + 1 if had.isnan() else abs(group[0] - group[1])
+        return other_sex, groups, -float(e[row] @ bank.centres[number])
+
+    allowed = [[n for n in range(count) if float(e[row] @ bank.centres[n]) <= 0.3] for row in range(people)]
+    if all(allowed):
+        expected = [min(numbers, key=lambda n, row=row: rank(row, n)) for row, numbers in enumerate(allowed)]
+        assert bank.nearest(e, 0.3, like).tolist() == expected
+    if people <= count:
+        assert len(set(bank.assign(e, like=like).tolist())) == people
+
+
+def test_one_to_one_keeps_to_sex_and_age():
+    bank = bank_of(4)
+    bank.attributes = {"female": torch.tensor([0.1, 0.2, 0.9, 0.8]), "age": torch.tensor([25.0, 65, 25, 65])}
+    like = {"female": torch.tensor([1.0, 1, 0, 0]), "age": torch.tensor([62.0, 22, 61, 29])}
+    for seed in range(5):
+        assert bank.assign(unit(4, seed), like=like).tolist() == [3, 2, 1, 0]
+
+
+def test_a_person_is_who_most_photos_say():
+    bank = IdentityBank(unit(1, 0).repeat(2, 1), ["he", "she"], "e", attributes={"female": torch.tensor([0.0, 1.0])})
+    e, person = unit(5, 1), torch.tensor([7, 7, 7, 3, 3])
+    like = {"female": torch.tensor([0.9, 0.8, 0.1, torch.nan, 0.2])}  # a person's mean, of what is known
+    assert bank.of_people(e, person, like=like).tolist() == [1, 1, 1, 0, 0]
+    assert bank.of_people(e, person, one_to_one=True, like=like).tolist() == [1, 1, 1, 0, 0]
+
+
+def test_a_person_is_below_the_ceiling_with_all_photos_together():
+    bank, e = bank_of(30), unit(12, 1)
+    person = torch.arange(12) // 3
+    for one_to_one in (False, True):
+        chosen = bank.of_people(e, person, one_to_one, ceiling=0.2)
+        centres = centres_of(e, person, ["x"] * 4)
+        assert (centres * bank.centres[chosen[::3]]).sum(1).max() <= 0.2
+
+
+def test_attributes_are_kept_with_the_bank(tmp_path):
+    attributes = {"female": torch.tensor([0.25, torch.nan, 0.75]), "age": torch.tensor([20.0, 40, 33])}
+    IdentityBank(unit(3, 0), ["a", "b", "c"], "e", attributes=attributes).save(tmp_path / "bank.safetensors")
+    again = IdentityBank.load(tmp_path / "bank.safetensors")
+    for name, values in attributes.items():
+        assert torch.equal(again.attributes[name].nan_to_num(-1), values.nan_to_num(-1))
+    card = json.loads((tmp_path / "bank.json").read_text())
+    assert card["attributes"] == {"female": {"known": 2, "mean": 0.5}, "age": {"known": 3, "mean": 31.0}}
+
+
+def test_a_bank_without_attributes_loads(tmp_path):
+    path = tmp_path / "bank.safetensors"
+    bank = bank_of(4)
+    bank.save(path)
+    card = json.loads(path.with_suffix(".json").read_text())
+    del card["attributes"]  # as banks were written before there were any
+    path.with_suffix(".json").write_text(json.dumps(card))
+    again = IdentityBank.load(path)
+    assert torch.equal(again.centres, bank.centres) and again.attributes == {}
+    with pytest.raises(BankError, match="does not know female of its identities.*anonfw.demographics"):
+        again.nearest(unit(1, 0), like={"female": torch.tensor([1.0])})
+
+
+def test_attributes_and_ceilings_that_make_no_sense():
+    for attributes, complaint in (
+        ({"height": torch.zeros(3)}, "no attribute 'height'"),
+        ({"age": torch.zeros(2)}, r"age has the shape \(2,\) for 3 people"),
+        ({"age": torch.tensor([1.0, 2, -1])}, r"age goes from -1 to 2, it must lie in \[0, 150\]"),
+        ({"female": torch.tensor([1.0, 2, torch.nan])}, r"female goes from 0 to 2, it must lie in \[0, 1\]"),
+    ):
+        with pytest.raises(BankError, match=complaint):
+            IdentityBank(unit(3, 0), ["a", "b", "c"], "e", attributes=attributes)
+    with pytest.raises(BankError, match="a cosine from -1 to 1, not 1.5"):
+        bank_of(3).nearest(unit(1, 0), 1.5)
