@@ -33,6 +33,7 @@ class SelfAttention(AttnProcessor2_0):
         identity_tokens: Tensor | None = None,  # noqa: ARG002 read by GatedKV in the cross-attention layers
         time_embedding: Tensor | None = None,  # noqa: ARG002
         gate_image: Tensor | None = None,  # noqa: ARG002
+        identity_scale: float = 1.0,  # noqa: ARG002 read by DecoupledKV
     ) -> Tensor:
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
@@ -137,6 +138,46 @@ class ConcatKV(nn.Module):
         k = heads(torch.cat([self.own_k(h), attn.to_k(c)], 1))
         v = heads(torch.cat([self.own_v(h), attn.to_v(c)], 1))
         out = F.scaled_dot_product_attention(heads(attn.to_q(h)), k, v).transpose(1, 2).reshape(b, s, width)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class DecoupledKV(nn.Module):
+    """IP-Adapter's rule: a second attention, to the identity's tokens, is added to the layer's own (Ye et al. 2023).
+
+        out = softmax(Q K^T / sqrt(d)) V + scale softmax(Q K_id^T / sqrt(d)) V_id,   Q shared
+
+    It sits in a cross-attention layer, whose own projections are those of the text. Without tokens, or at scale 0, the
+    layer is what it was.
+
+    Args:
+        width: C. token_width: D.
+    """
+
+    def __init__(self, width: int, token_width: int) -> None:
+        super().__init__()
+        self.identity_k = nn.Linear(token_width, width, bias=False)
+        self.identity_v = nn.Linear(token_width, width, bias=False)
+
+    def start_from(self, attn: Attention) -> None:
+        """The identity's projections begin as the layer's own, in fp32."""
+        self.identity_k.load_state_dict(attn.to_k.state_dict())
+        self.identity_v.load_state_dict(attn.to_v.state_dict())
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 part of diffusers' processor signature
+        temb: Tensor | None = None,  # noqa: ARG002
+        identity_tokens: Tensor | None = None,
+        identity_scale: float = 1.0,
+    ) -> Tensor:
+        """h (B,S,C), text in `encoder_hidden_states` (B,L,D), `identity_tokens` (B,N,D) -> (B,S,C)."""
+        query = attn.to_q(hidden_states)
+        out = attend(attn, query, encoder_hidden_states, attn.to_k, attn.to_v)
+        if identity_tokens is not None and identity_scale != 0:
+            out = out + identity_scale * attend(attn, query, identity_tokens, self.identity_k, self.identity_v)
         return attn.to_out[1](attn.to_out[0](out))
 
 

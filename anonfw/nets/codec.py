@@ -5,9 +5,16 @@ Shape legend: B images of H px, c channels on a grid of h = H / factor.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Pixels(nn.Module):
@@ -40,7 +47,7 @@ class Autoencoder(nn.Module):
 
     Args:
         source: local folder or hub id. subfolder, revision: as in diffusers' `from_pretrained`.
-        kind: the diffusers class.
+        kind: the diffusers class. dtype: precision that it is run in.
     Raises:
         OSError: the weights are neither in the folder nor in the hub's cache (diffusers names what is missing).
     """
@@ -51,11 +58,14 @@ class Autoencoder(nn.Module):
         subfolder: str | None = None,
         revision: str | None = None,
         kind: str = "AutoencoderKL",
+        dtype: Dtype = "fp32",
     ) -> None:
         super().__init__()
         import diffusers
 
-        self.vae = getattr(diffusers, kind).from_pretrained(source, subfolder=subfolder, revision=revision)
+        self.vae = getattr(diffusers, kind).from_pretrained(
+            source, subfolder=subfolder, revision=revision, torch_dtype=DTYPES[dtype]
+        )
         self.vae.requires_grad_(False).eval()
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels = self.vae.config.latent_channels
@@ -66,12 +76,23 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        out = self.vae.encode(images.to(self.vae.dtype))
-        latents = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
-        return latents.float() * self.scale
+        def mode(pixels: Tensor) -> Tensor:
+            out = self.vae.encode(pixels)
+            return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+
+        return self._finite(mode, images) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode((latents / self.scale).to(self.vae.dtype)).sample.float()
+        return self._finite(lambda z: self.vae.decode(z).sample, latents / self.scale)
+
+    def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run(x)` as float32. SDXL's autoencoder overflows in fp16: it is then run, and kept, in fp32."""
+        out = run(x.to(self.vae.dtype))
+        if self.vae.dtype != torch.float32 and not torch.isfinite(out).all():
+            warnings.warn(f"the autoencoder is not finite in {self.vae.dtype}: it runs in float32 from now on")
+            self.vae.float()
+            out = run(x.float())
+        return out.float()
 
     def clip(self, latents: Tensor) -> Tensor:
         return latents
