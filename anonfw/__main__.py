@@ -40,6 +40,11 @@ VERBS = {
         "measure a trained system on people it has never seen and print the table",
         "python -m anonfw validate runs/id2face/LATEST",
     ),
+    "anonymize": Verb(
+        "anonfw.photographs",
+        "anonymize every face in photographs with a trained system",
+        "python -m anonfw anonymize runs/id2face/LATEST holiday.jpg party.jpg --out anonymized",
+    ),
     "weights": Verb(
         "anonfw.weights_verb",
         "list, fetch or verify the pretrained networks",
