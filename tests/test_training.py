@@ -23,7 +23,7 @@ from anonfw.training import runs, throughput
 from anonfw.training.ema import EMA
 from anonfw.training.guard import FiniteGuard, NonFiniteLoss
 from anonfw.training.load import build_system, load_system
-from anonfw.training.loggers import JsonLines, wandb
+from anonfw.training.loggers import JsonLines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")  # Lightning advises on many things
 
@@ -296,24 +296,6 @@ def test_json_lines_go_back_to_a_checkpoint(tmp_path):
     log.log_metrics({"loss": 1}, 3)
     last = json.loads(log.file.read_text().splitlines()[-1])
     assert last == {"step": 3, "loss": 1.0}
-
-
-@pytest.mark.slow
-def test_weights_and_biases_offline_keeps_one_id(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    folder = tmp_path / "recipe" / "run"
-    folder.mkdir(parents=True)
-    ids = []
-    for step in range(2):
-        logger = wandb(folder, project="tests", group="g", tags=["t"])
-        logger.log_metrics({"loss": 1.0 / (step + 1)}, step)
-        ids.append(logger.experiment.id)
-        assert logger.experiment.name == "recipe/run" and logger.experiment.group == "g"
-        logger.experiment.finish()
-    assert ids[0] == ids[1] == (folder / "wandb_id").read_text()
-    written = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert written and all(ids[0] in path.name and path.stat().st_size > 0 for path in written)
 
 
 def test_throughput_is_logged(run):
