@@ -319,7 +319,7 @@ def test_throughput_arithmetic(monkeypatch):
         callback.on_train_batch_start(trainer)
         clock[0] += 3
         callback.on_train_batch_end(trainer, module, None, pair, 0)
-    assert logged == {"speed/images_per_second": 2 * 3 * 2 * 2 / 8, "speed/data_wait": 0.25}
+    assert logged == {"speed/images_per_second": 2 * 3 * 2 * 2 / 8, "speed/data_wait": 0.25, "speed/seconds": 8}
 
 
 # Run folders: what the same command does.

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -30,6 +30,15 @@ def write_json(path: Path, value: object) -> None:
     """Indented JSON with a final newline, atomically."""
     with atomic(path) as file:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """The entries of a file with one JSON object a line, but for one that a kill cut short; [] where there is no file."""
+    entries = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def sha256_of(path: Path) -> str:

@@ -124,8 +124,9 @@ class Table:
         return stream.getvalue()
 
     def as_dict(self) -> dict:
-        """Plain types only; NaN becomes None."""
-        return _plain(asdict(self))
+        """Plain types only; NaN becomes None. It says how it is read: columns by block, order of the rows, facts."""
+        blocks = [{"title": title, "columns": [asdict(c) for c in columns]} for title, columns in self.blocks()]
+        return _plain({**asdict(self), "order": list(self.rows), "blocks": blocks, "facts": self.facts()})
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write table.json, table.csv, table.md and table.txt into `folder`, each atomically; returns their paths."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 from argparse import Namespace
@@ -13,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from anonfw.data.files import atomic
+from anonfw.data.files import atomic, json_lines
 from anonfw.dialect import parse
 from anonfw.wandb_files import STEP, find_files, read_runs
 
@@ -52,18 +51,9 @@ class JsonLines(Logger):
     def rewind(self, step: int) -> None:
         """Keeps what the first `step` optimizer steps logged (they count from 0); a line cut short by a kill goes."""
         if self.file.exists():
-            kept = [entry for entry in read_lines(self.file) if entry["step"] is None or entry["step"] < step]
+            kept = [entry for entry in json_lines(self.file) if entry["step"] is None or entry["step"] < step]
             with atomic(self.file) as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The entries of a `metrics.jsonl`, without a line that a kill cut short; [] where there is no file."""
-    entries = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
-    return entries
 
 
 class Wandb(WandbLogger):
@@ -126,7 +116,7 @@ class Wandb(WandbLogger):
                 self._rows = max(self._rows, row["_step"] + 1)
                 for name in row if STEP in row else ():
                     self._logged[name] = max(self._logged.get(name, -1), row[STEP])
-        for entry in read_lines(self.folder / "metrics.jsonl"):
+        for entry in json_lines(self.folder / "metrics.jsonl"):
             if (at := entry.pop("step")) is not None and at < step:
                 self.log_metrics(entry, at)
 

@@ -10,7 +10,8 @@ from anonfw.batch import FaceBatch
 
 
 class Throughput(lightning.Callback):
-    """Logs `speed/images_per_second` (all ranks) and `speed/data_wait` (share of wall time spent waiting for a batch).
+    """Logs `speed/images_per_second` (all ranks), `speed/data_wait` (share of wall time spent waiting for a batch) and
+    `speed/seconds` (wall time since this process began to train).
 
     Args:
         every: batches between two measurements.
@@ -18,12 +19,12 @@ class Throughput(lightning.Callback):
 
     def __init__(self, every: int = 50) -> None:
         self.every = every
-        self._ended = self._opened = 0.0
+        self._ended = self._opened = self._begun = 0.0
         self._waited, self._images, self._batches = 0.0, 0, 0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         if not self._opened:
-            self._opened = self._ended = time.perf_counter()
+            self._opened = self._ended = self._begun = time.perf_counter()
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._restart()
@@ -50,6 +51,7 @@ class Throughput(lightning.Callback):
         seconds = self._ended - self._opened
         pl_module.log("speed/images_per_second", self._images * trainer.world_size / seconds, prog_bar=True)
         pl_module.log("speed/data_wait", self._waited / seconds)
+        pl_module.log("speed/seconds", self._ended - self._begun)
         self._restart()
 
     def _restart(self) -> None:
