@@ -33,7 +33,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def json_lines(file: Path) -> list[dict[str, Any]]:
-    """The entries of a file with one JSON object a line, but for one that a kill cut short; [] where there is no file."""
+    """The entries of a file of one JSON object a line, but for one that a kill cut short; [] where there is no file."""
     entries = []
     for line in file.read_text().splitlines() if file.exists() else ():
         with suppress(json.JSONDecodeError):
