@@ -145,8 +145,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return _node_fits(value, annotation, origin)
     if origin is not None:
         return _container_fits(value, origin, inner)
-    if not isinstance(annotation, type) or annotation is object or getattr(annotation, "_is_protocol", False):
-        return True  # Any, type variables, protocols: not ours to judge
+    if annotation in (Any, object) or not isinstance(annotation, type) or getattr(annotation, "_is_protocol", False):
+        return True  # type variables and protocols as well: not ours to judge (Any is a class since Python 3.11)
     if annotation is bool or isinstance(value, bool):
         return isinstance(value, bool) and annotation is bool
     if annotation is float:

@@ -92,17 +92,17 @@ def x0_from(schedule, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return signal * x_t - noise * prediction
 
 
-def snr_weight(schedule, t: Tensor, gamma: float | None) -> Tensor:
-    """(N,) loss weight in the form of the prediction type, such that the error of x_0 weighs min(SNR + 1, gamma).
+def snr_weight(schedule, t: Tensor, gamma: float | None, added: float = 1.0) -> Tensor:
+    """(N,) loss weight in the form of the prediction type, such that the error of x_0 weighs min(SNR + added, gamma).
 
     SNR + 1 is the plain loss on v (Salimans & Ho 2022, Sec. 4); the cut keeps nearly clean samples from drowning the
-    rest, as in min-SNR (Hang et al. 2023). None means 1 for every t.
+    rest. With `added` 0 it is min-SNR (Hang et al. 2023): the plain loss on eps with that cut. None: 1 everywhere.
     """
     if gamma is None:
         return torch.ones(t.shape, device=t.device)
     abar = schedule.alphas_cumprod.to(t.device, torch.float32)[t]
     snr = abar / (1 - abar).clamp_min(1e-12)
-    weight = (snr + 1).clamp(max=gamma)
+    weight = (snr + added).clamp(max=gamma)
     kind = schedule.config.prediction_type
     if kind == "sample":
         return weight

@@ -12,14 +12,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
+from anonfw.data.files import cache_folder
 from anonfw.errors import AnonfwError
-
-if TYPE_CHECKING:
-    from anonfw.nets.backbone import Backbone
+from anonfw.nets.backbone import Backbone
 
 Kind = Literal["sdxl", "sd15"]
 
@@ -40,9 +39,6 @@ def tiny(kind: Kind = "sdxl", seed: int = 0, **options) -> Backbone:
     Args:
         kind: which layout. seed: of the weights. options: of `Backbone`.
     """
-    from anonfw.data.files import cache_folder
-    from anonfw.nets.backbone import Backbone
-
     return Backbone(str(cached(kind, seed, cache_folder() / "pipelines")), **options)
 
 
