@@ -37,6 +37,14 @@ SMALL = (
 
 # What makes a system small. Three batches an epoch: a training of six steps crosses epochs.
 SYSTEMS = {
+    "anonfw.systems.sdxl_adapter.IdentityAdapter": (
+        "system.anonymizer.steps=2",
+        "data.train.batch_size=4",
+        "data.train.limit_samples=14",
+        "data.validate.batch_size=4",
+        "data.validate.limit_samples=8",
+        "data.test.batch_size=4",
+    ),
     "anonfw.systems.id2face.ID2Face": (
         "system.unet.widths=[16,32,32]",
         "system.token_width=32",
