@@ -1,7 +1,8 @@
 """The verbs: `python -m anonfw VERB ...`. A verb is one row of VERBS; its module is imported when it is called.
 
 Each module offers `add_arguments(parser)` and `run(args) -> int` (the exit code) and imports nothing heavy at its top.
-Exit codes: 0 done, 1 mistakes found or a crash (with traceback), 2 wrong usage or an expected error, 130 interrupted.
+Exit codes: 0 done, 1 mistakes found or a crash (with traceback), 2 wrong usage or an expected error, 75 stopped
+by a signal and saved, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ VERBS = {
         "anonfw.data.sidecars",
         "compute a data set's identity embeddings once and keep them beside its shards",
         "python -m anonfw embed path/to/dataset --encoder arcface_mbf",
+    ),
+    "launch": Verb(
+        "anonfw.launch.verb",
+        "submit a training or an array job to SLURM, or check before a start",
+        "python -m anonfw launch slurm recipes/id2face.yaml --nodes 2 --gpus-per-node 4 --dry-run",
     ),
     "export": Verb(
         "anonfw.export",
@@ -126,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         return dispatch(sys.argv[1:] if arguments is None else arguments)
     except AnonfwError as error:
         print("\n".join([f"anonfw: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("anonfw: interrupted", file=sys.stderr)
         return 130

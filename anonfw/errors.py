@@ -4,6 +4,8 @@
 class AnonfwError(Exception):
     """Base of the project's expected errors. The message says what is wrong, where, and what to do about it."""
 
+    exit_code = 2  # of the command line
+
 
 class RecipeError(AnonfwError):
     """A recipe cannot be used. `mistakes` holds every one that was found, in the order of the recipe."""
