@@ -83,7 +83,10 @@ class System(lightning.LightningModule):
     def training_step(self, batch: FaceBatch, batch_idx: int) -> Tensor:  # noqa: ARG002 Lightning's signature
         loss, logged = self.total(batch, self.rng("train", self.batches_seen))
         self.batches_seen += 1
-        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(batch))
+        means = self.trainer.strategy.reduce(
+            torch.stack([value.float() for value in logged.values()]), reduce_op="mean"
+        )
+        self.log_dict({f"train/{name}": m for name, m in zip(logged, means, strict=True)}, batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: FaceBatch, batch_idx: int) -> None:

@@ -26,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or continues the unfinished run of the same recipe: repeating a command resumes it."""
+    from anonfw.training.ranks import decided_once
+
+    quiet()
     recipe = recipes.read(args.recipe, args.overrides)
-    folder, checkpoint = open_run(recipe, new=args.new)
+    place = decided_once(lambda: [str(path) if path else None for path in open_run(recipe, new=args.new)])
+    folder, checkpoint = (Path(path) if path else None for path in place)
     fit(recipe, folder, checkpoint)
     return 0
 
@@ -72,18 +76,20 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
 
     from anonfw.data.open import open_loader
     from anonfw.training import runs
-    from anonfw.training.load import build_system, load_weights
+    from anonfw.training.load import build_system, start_from
+    from anonfw.training.ranks import is_first
 
     started = time.time()
     quiet()
     if not torch.cuda.is_available():
         # On CPUs the fused attention's backward pass is slower than two matrix products at these sizes.
         torch.backends.cuda.enable_flash_sdp(False)
-    print(f"run folder {folder}", flush=True)
+    if is_first():
+        print(f"run folder {folder}", flush=True)
     seed = recipe.get("seed", 0)
     system = build_system(recipe)
     if recipe.get("init"):
-        load_weights(system, recipe["init"])
+        start_from(system, recipe["init"])
     loaders = {
         name: open_loader(recipe, name, seed=seed, bad_samples_file=folder / "bad_samples.jsonl")
         for name, node in recipe["data"].items()
@@ -117,9 +123,17 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
         for loader in loaders.values():
             loader.close()
     save_average(trainer, system, folder)
-    if trainer.is_global_zero and recipe.get("evaluate") is not None:
+    if torch.distributed.is_initialized():  # the others end here, while rank 0 measures
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        return
+    if recipe.get("evaluate") is not None:
         report(system.to(trainer.strategy.root_device), recipe, folder, started)  # Lightning leaves it on the CPU
     runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size)
+    for logger in loggers:
+        if hasattr(logger, "conclude"):
+            logger.conclude()
 
 
 def built(nodes: Mapping[str, Any] | None, folder: Path) -> list:
@@ -172,6 +186,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available on your system but is not used.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")

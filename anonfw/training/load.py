@@ -29,8 +29,10 @@ def build_system(recipe: Mapping[str, Any]) -> Any:
 def read_weights(source: str | Path) -> dict[str, Tensor]:
     """Trained state by name, floats as float32: of a checkpoint (averaged), a safetensors file or a base's name.
 
+    A file of another project (`.bin`, `.pt`: mappings of tensors, possibly nested) gives its own names, joined by dots.
+
     Raises:
-        AnonfwError: no such file or base, or a checkpoint that is not one of this project's.
+        AnonfwError: no such file or base, or one that holds no tensors.
     """
     from safetensors.torch import load_file
 
@@ -45,19 +47,37 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "state_dict" not in checkpoint or "callbacks" not in checkpoint:
-        raise AnonfwError(f"{path} is no checkpoint of a run")
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "callbacks" not in checkpoint:
+        if not (tensors := _flat(checkpoint)):
+            raise AnonfwError(f"{path} is no checkpoint of a run, and holds no tensors by name")
+        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     averages = [state["average"] for state in checkpoint["callbacks"].values() if "average" in state]
     return {**checkpoint["state_dict"], **(averages[0] if averages else {})}
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors of nested mappings by their dotted names."""
+    if isinstance(tree, Tensor):
+        return {name: tree}
+    if not isinstance(tree, Mapping):
+        return {}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def load_weights(system: Any, source: str | Path) -> None:
     """Copies trained parameters, and the running statistics beside them, into a system.
 
+    A system that others exchange files with offers `from_interchange`, which translates their names.
+
     Raises:
         AnonfwError: one of them is missing, left over or of another shape; nothing has been copied then.
     """
     weights = read_weights(source)
+    if hasattr(system, "from_interchange"):
+        weights = system.from_interchange(weights)
     parameters = system.trained_state()
     missing, extra = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     shapes = [n for n in parameters.keys() & weights.keys() if parameters[n].shape != weights[n].shape]
@@ -70,6 +90,33 @@ def load_weights(system: Any, source: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+
+
+def start_from(system: Any, init: str | Mapping[str, Any]) -> None:
+    """What a recipe's `init` says: all weights of a file or a base, or parts of those of another system.
+
+    Args:
+        init: a source of `read_weights`, or `{from: SOURCE, parts: {OURS: THEIRS}}`: what is called OURS.* here and
+            THEIRS.* there, in the same shape, is copied; the rest stays as it was drawn.
+    Raises:
+        AnonfwError: as `load_weights`; for parts: another form than this, or a part of which nothing fits.
+    """
+    if isinstance(init, str):
+        return load_weights(system, init)
+    if init.keys() != {"from", "parts"} or not isinstance(init["parts"], Mapping):
+        raise AnonfwError(f"init is a file, a base or {{from: SOURCE, parts: {{OURS: THEIRS}}}}, not {dict(init)}")
+    weights, parameters = read_weights(init["from"]), system.trained_state()
+    for ours, theirs in init["parts"].items():
+        inside = [name for name in parameters if name.startswith(f"{ours}.")]
+        pairs = [(name, theirs + name.removeprefix(ours)) for name in inside]
+        fit = [(a, b) for a, b in pairs if b in weights and weights[b].shape == parameters[a].shape]
+        if not fit:
+            raise AnonfwError(f"init: nothing in {theirs} of {init['from']} has name and shape of something in {ours}")
+        with torch.no_grad():
+            for name, other in fit:
+                parameters[name].copy_(weights[other])
+        print(f"init   {ours}: {len(fit)} of {len(inside)} parameters from {init['from']}", flush=True)
+    return None
 
 
 def run_files(place: str | Path) -> tuple[Path, Path]:

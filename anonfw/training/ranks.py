@@ -1,0 +1,81 @@
+"""What all processes of a run must agree on before Lightning has connected them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from anonfw.errors import AnonfwError
+
+# Lightning's own launcher starts the other processes of a node with the first one's environment: it carries the answer.
+INHERITED = "ANONFW_DECISION"
+PATIENCE = timedelta(minutes=5)
+_open_stores: list[Any] = []  # a server that closed before Lightning connects would take its clients down
+
+
+def decided_once(decide: Callable[[], Any], patience: timedelta = PATIENCE) -> Any:
+    """What `decide` returns on rank 0, on every rank; JSON values only. No other rank calls it.
+
+    Under srun and torchrun the ranks meet at the address that Lightning will use, and torch keeps that server for it.
+
+    Raises:
+        AnonfwError: on rank 0 what `decide` raises; on any rank, that the others did not come.
+        SystemExit: on the other ranks, with exit code 2, where `decide` raised on rank 0, which says why.
+    """
+    import torch.distributed
+    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+    kinds = [kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    cluster = kinds[0]() if kinds else LightningEnvironment()
+    if not kinds:
+        first = cluster.local_rank() == 0 and cluster.node_rank() == 0
+        if not first and INHERITED in os.environ:
+            return json.loads(os.environ[INHERITED])
+        if not first:
+            raise AnonfwError("several nodes without a launcher: start every process with srun or torchrun (SLURM.md)")
+        value = decide()
+        os.environ[INHERITED] = json.dumps(value)
+        return value
+    if cluster.world_size() == 1:
+        return decide()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
+    rank, world = cluster.global_rank(), cluster.world_size()
+    try:
+        store, *_ = next(torch.distributed.rendezvous("env://", rank, world, timeout=patience))
+        _open_stores.append(store)
+        if rank == 0:
+            return _publish(store, world, decide)
+        answer = json.loads(store.get("anonfw/decision"))
+        store.set(f"anonfw/heard/{rank}", "")
+    except torch.distributed.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise AnonfwError(
+            f"rank {rank} of {world} did not meet the others at {place} "
+            f"within {patience.total_seconds():.0f} s: is every process running, and that address reachable? ({error})"
+        ) from error
+    if "value" not in answer:
+        raise SystemExit(2)
+    return answer["value"]
+
+
+def _publish(store: Any, world: int, decide: Callable[[], Any]) -> Any:
+    try:
+        value = decide()
+    except BaseException:
+        store.set("anonfw/decision", "{}")  # or the others would wait for it
+        with suppress(RuntimeError):  # this process, and the server with it, ends when they have heard
+            store.wait([f"anonfw/heard/{rank}" for rank in range(1, world)], timedelta(seconds=10))
+        raise
+    store.set("anonfw/decision", json.dumps({"value": value}))
+    return value
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0: the one that prints and writes."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return rank_zero_only.rank == 0
