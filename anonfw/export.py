@@ -5,6 +5,7 @@ recipe.yaml        the recipe as it was resolved: `anonfw.training.load_system(F
 card.md            the model card
 export.json        sha256 of the weights, precision, commit, steps
 table.*            the result table of these weights, where there is one
+and whatever the system offers others in their own layout (`interchange`), such as ip_adapter.safetensors for diffusers
 
 There is no diffusers folder: the attention of the U-Nets here has parameters of our own (`anonfw.nets.attention`),
 which diffusers alone would drop while loading, and then compute something else.
@@ -13,6 +14,7 @@ which diffusers alone would drop while loading, and then compute something else.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     folder = export(args.run, args.out, args.dtype, args.table, args.overwrite)
     size = (folder / "model.safetensors").stat().st_size
     print(f"export {folder} ({size / 1e6:.1f} MB)\ncard   {folder / 'card.md'}")
+    for name in json.loads((folder / "export.json").read_text())["interchange"]:
+        print(f"others {folder / name}")
     print(f"use    anonfw.training.load_system({str(folder)!r}), or init={folder / 'model.safetensors'} in a recipe")
     return 0
 
@@ -82,6 +86,8 @@ def export(run: Path, out: Path, dtype: str = "fp16", table: Path | None = None,
     partial.mkdir(parents=True)
     try:
         (partial / "model.safetensors").write_bytes(source.weights)
+        for name, content in source.interchange.items():
+            (partial / name).write_bytes(content)
         # The file is called recipe.yaml from now on, and a recipe without a name is called like its file.
         (partial / "recipe.yaml").write_text(dump({"name": source.name, **source.recipe}))
         (partial / "card.md").write_text(source.card(f"`load_system({out.name!r})`"))
@@ -130,7 +136,7 @@ class Source:
 
     Attributes:
         name: of the recipe. recipe: resolved.
-        weights: the bytes of the safetensors file.
+        weights: the bytes of the safetensors file. interchange: file name -> bytes, in the layouts of others.
         facts: content of export.json.
         folder: of the run. licences: of the recognisers inside, by name. table: folder of the result table or None.
     """
@@ -138,6 +144,7 @@ class Source:
     name: str
     recipe: Mapping[str, Any]
     weights: bytes
+    interchange: dict[str, bytes]
     facts: dict[str, Any]
     folder: Path
     licences: dict[str, str]
@@ -157,7 +164,6 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
         AnonfwError: no run or no weights there, they do not fit the recipe, or a value does not fit into fp16.
     """
     import hashlib
-    import json
 
     from safetensors.torch import save
 
@@ -168,8 +174,14 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
 
     folder, weights_file = run_files(run)
     system, recipe = load_system(run)
-    trained = {name: value.detach().cpu().contiguous() for name, value in system.trained_state().items()}
-    content = save({name: _cast(name, value, dtype) for name, value in trained.items()}, {"format": "pt"})
+
+    def packed(state: Mapping[str, Tensor]) -> bytes:
+        trained = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        return save({name: _cast(name, value, dtype) for name, value in trained.items()}, {"format": "pt"})
+
+    content = packed(system.trained_state())
+    others = system.interchange() if hasattr(system, "interchange") else {}
+    interchange = {name: packed(state) for name, state in others.items()}
     known = {}
     for file in ("export.json", "run.json", "finished.json"):
         if (folder / file).exists():
@@ -180,6 +192,7 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
         "weights": "model.safetensors",
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
+        "interchange": {name: hashlib.sha256(file).hexdigest() for name, file in interchange.items()},
         "parameters": sum(p.numel() for p in system.parameters() if p.requires_grad),
         "dtype": dtype,
         "from": {"file": weights_file.name, "sha256": sha256_of(weights_file)},
@@ -192,7 +205,9 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
     }
     nets = [module for module in system.modules() if hasattr(module, "licence") and hasattr(module, "sha256")]
     licences = {net.name: f"{net.licence} (sha256 {net.sha256[:16]})" for net in nets}
-    return Source(facts["name"], recipe, content, facts, folder, licences, table or _table_of(folder, weights_file))
+    return Source(
+        facts["name"], recipe, content, interchange, facts, folder, licences, table or _table_of(folder, weights_file)
+    )
 
 
 def _cast(name: str, value: Tensor, dtype: str) -> Tensor:

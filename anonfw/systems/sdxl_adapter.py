@@ -10,7 +10,6 @@ Symbols: e recogniser embedding (unit norm), c the caption's encoding, x_0 / x_t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -187,17 +186,9 @@ class IdentityAdapter(System):
         out = self.resized(self.backbone.decode(x_0).clamp(-1, 1), x.shape[-1])
         return out if region is None else x + region * (out - x)
 
-    def interchange(self, folder: Path) -> Path:
-        """Writes the adapter in the released layout, for diffusers' `load_ip_adapter`; returns the file."""
-        from safetensors.torch import save
-
-        from anonfw.data.files import atomic
-
-        state = identity_adapter.released_state(self.projection, self.backbone.unet)
-        file = folder / "ip_adapter.safetensors"
-        with atomic(file) as stream:
-            stream.write(save({name: value.cpu().contiguous() for name, value in state.items()}, {"format": "pt"}))
-        return file
+    def interchange(self) -> dict[str, dict[str, Tensor]]:
+        """The adapter in the released layout: `export` writes the file, and diffusers' `load_ip_adapter` reads it."""
+        return {"ip_adapter.safetensors": identity_adapter.released_state(self.projection, self.backbone.unet)}
 
     def from_interchange(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A released adapter's tensors by the names that they have here; other weights as they are."""
