@@ -10,7 +10,7 @@ received = 0  # the last one's number; signal handlers belong to the process, an
 
 
 def listen(*numbers: signal.Signals) -> dict[signal.Signals, object]:
-    """Notes these signals instead of what they did before, which is returned. Outside the main thread it does nothing."""
+    """Notes these signals instead of what they did before, which it returns. In other threads it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, _note) for number in numbers}
