@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anonfw.align import ALIGNMENTS
+from anonfw.data import parts
 from anonfw.data.build import SKIPPED, Person, Recipe, build
 from anonfw.errors import AnonfwError
 
@@ -45,6 +46,7 @@ def parser(description: str, source: str) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of the splits")
     made.add_argument("--shard-samples", type=int, default=4096, help="a shard is closed at this many samples")
     made.add_argument("--workers", type=int, default=2, help="processes that find and align faces")
+    made.add_argument("--part", type=parts.part, metavar="I/N", help="of an array job; the last part joins all of them")
     return made
 
 
@@ -52,11 +54,18 @@ def main(
     args: argparse.Namespace, read: Callable[[Path], list[Person]], *, name: str, source: str, licence: str
 ) -> int:
     """What a script does with its arguments: read the people, build, report. Returns the exit code."""
+    out = args.out
     try:
+        if args.part and parts.is_joined(out):
+            print(f"{out} is complete already")
+            return 0
         people = [person for person in read(args.source) if len(person.photos) >= args.min_photos][: args.limit]
+        if args.part:
+            out, share = args.part.folder(out), args.part.of(len(people))
+            people = people[share.start : share.stop]
         recipe = Recipe(args.size, args.alignment, args.aligned, args.quality, args.factors, args.threshold)
         counts = build(
-            args.out,
+            out,
             people,
             recipe,
             name=name,
@@ -67,6 +76,9 @@ def main(
             workers=args.workers,
             shard_samples=args.shard_samples,
         )
+        if args.part and not parts.join(args.out, args.part.count):
+            print(f"{out}: {counts['samples']} photos written now; the data set waits for its other parts")
+            return 0
     except AnonfwError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

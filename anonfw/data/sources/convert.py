@@ -22,6 +22,7 @@ import numpy as np
 from anonfw.align import template
 from anonfw.data.build import SKIPPED, Skipped, key_of, split_of
 from anonfw.data.card import CARD_NAME, Card, DataError
+from anonfw.data.parts import Part
 from anonfw.data.sources import STAGE, Group, Groups, Source
 from anonfw.data.writer import DatasetWriter, Sample
 
@@ -178,6 +179,7 @@ def convert(
     shard_samples: int = 4096,
     min_photos: int = 1,
     limit: int | None = None,
+    part: Part | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
     """Write the data set. People in finished shards are not done again.
@@ -187,6 +189,7 @@ def convert(
         splits: name -> share; a person's split is a hash of its name.
         min_photos: people with fewer pictures are left out.
         limit: only the first so many people.
+        part: only this share of them.
     Returns:
         counts of identities, samples and skipped pictures of this run.
     Raises:
@@ -197,6 +200,8 @@ def convert(
     out = Path(out)
     groups = source.groups(min_photos)
     groups = groups.only(range(min(len(groups), limit or len(groups))))
+    if part is not None:
+        groups = groups.only(part.of(len(groups)))
     if not len(groups):
         raise DataError(f"{name}: nobody has {min_photos} or more pictures; nothing to write")
     given = {"identities": len(groups), "pictures": sum(map(groups.photos, range(len(groups))))}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from anonfw.data import parts
 from anonfw.data.build import SKIPPED
 from anonfw.data.script import splits
 from anonfw.data.sources import Source
@@ -30,14 +31,19 @@ def parser(description: str, source: str, train_share: str = "train=0.95,val=0.0
     made.add_argument("--seed", type=int, default=0, help="of the splits")
     made.add_argument("--shard-samples", type=int, default=4096, help="a shard is closed at this many samples")
     made.add_argument("--workers", type=int, default=2, help="processes that read and check pictures")
+    made.add_argument("--part", type=parts.part, metavar="I/N", help="of an array job; the last part joins all of them")
     return made
 
 
 def main(args: argparse.Namespace, read: Callable[[Path], Source], *, name: str, title: str, licence: str) -> int:
     """What a script does with its arguments: read the source, convert, report. Returns the exit code."""
+    out = args.part.folder(args.out) if args.part else args.out
     try:
+        if args.part and parts.is_joined(args.out):
+            print(f"{args.out} is complete already")
+            return 0
         counts = convert(
-            args.out,
+            out,
             read(args.source),
             Crop(args.size, args.quality, args.factors),
             name=name,
@@ -49,7 +55,11 @@ def main(args: argparse.Namespace, read: Callable[[Path], Source], *, name: str,
             shard_samples=args.shard_samples,
             min_photos=args.min_photos,
             limit=args.limit,
+            part=args.part,
         )
+        if args.part and not parts.join(args.out, args.part.count):
+            print(f"{out}: {counts['samples']} pictures written now; the data set waits for its other parts")
+            return 0
     except AnonfwError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
