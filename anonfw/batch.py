@@ -113,8 +113,8 @@ class StepOut:
     Attributes:
         prediction: (N,...) the network's output.
         target: (N,...) what it is regressed on; same shape. None where nothing is (embeddings).
-        x0_hat: (N,3,H,W) clean images implied by the prediction, in [-1,1] (not clamped); None where a system
-            predicts no image.
+        x0_hat: (R,3,H,W) clean images implied by the prediction of the first R <= N rows, in [-1,1] (not clamped);
+            None where a system predicts no image.
         t: (N,) int64 diffusion time of each sample, 0 = clean; None where nothing diffuses.
         weight: (N,) per-sample loss weight (for example from a signal-to-noise weighting); None means 1.
         terms: name -> (N,) or (B,) further loss terms that the step computed on the way (KL, alignment, ...).

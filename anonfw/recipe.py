@@ -39,7 +39,7 @@ SECTIONS = {
     "name": Section("value", "name of the run folder; the file's name without it", str | None),
     "notes": Section("value", "free text", str | None),
     "seed": Section("value", "seed of every random draw", int),
-    "init": Section("value", "weights to start from: a file or a base's name; null is from scratch", str | None),
+    "init": Section("value", "weights to start from: file, base or parts of one; null is none", str | dict | None),
     "run": Section("value", "run folder to continue", str | None),
     "resume": Section("value", "auto demands an unfinished run of this recipe", Literal["auto"] | None),
     "system": Section("node", "what is trained"),

@@ -56,6 +56,18 @@ SYSTEMS = {
         "data.validate.limit_samples=8",
         "data.test.batch_size=4",
     ),
+    "anonfw.systems.iddiffuse.IDDiffuse": (
+        "system.unet.widths=[16,32,32]",
+        "system.token_width=32",
+        "system.judged=1",
+        "system.texture_side=10",
+        "system.steps=2",
+        "data.train.batch_size=4",
+        "data.train.limit_samples=14",
+        "data.validate.batch_size=4",
+        "data.validate.limit_samples=8",
+        "data.test.batch_size=4",
+    ),
     "anonfw.systems.identity_mapper.IdentityMapper": (
         "system.hidden=[32]",
         "system.dim=16",

@@ -45,13 +45,14 @@ class Anonymization(Loss):
         self.times, self.alignment = times, alignment
 
     def forward(self, out: StepOut, batch: FaceBatch) -> Tensor:
-        """(B,). Needs `out.x0_hat` and a cross batch (`batch.partner` is the synthetic identity's photo)."""
+        """(R,), for the rows of `out.x0_hat`. It needs a cross batch: `partner` is the synthetic identity's."""
         if batch.partner is None or out.x0_hat is None:
             raise ValueError("the anonymization loss needs a cross batch and a system that predicts an image")
+        rows = len(out.x0_hat)
         ours = embed_aligned(self.recognizer, out.x0_hat.clamp(-1, 1).float(), self.alignment)
-        to_real = 1 - (ours * self.embed(batch)).sum(-1)
-        to_synthetic = 1 - (ours * self.embed(batch.partner)).sum(-1)
-        gamma = self.gamma_of(out.t)
+        to_real = 1 - (ours * self.embed(batch)[:rows]).sum(-1)
+        to_synthetic = 1 - (ours * self.embed(batch.partner)[:rows]).sum(-1)
+        gamma = self.gamma_of(out.t[:rows])
         return gamma * to_real + (1 - gamma) * to_synthetic + self.real_weight * to_real
 
     def gamma_of(self, t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anonfw.align import template
 from anonfw.batch import FaceBatch
+from anonfw.errors import AnonfwError
 
 
 def face_region(size: int, softness: float = 0.0) -> Tensor:
@@ -94,6 +95,48 @@ class IdentityMask(nn.Module):
         return images * (1 - region) + coarse * region, region
 
 
+class MeasuredFactors(nn.Sequential):
+    """What was measured on a photograph (head pose, expression) -> two tokens. A linear layer, SiLU, a linear layer.
+
+    Args:
+        width: D. size: H of the images.
+        factors: name -> (mean, spread) in the population, of what is read from `FaceBatch.factors`.
+        landmarks: whether the five landmarks are read too, relative to the crop's template.
+    """
+
+    def __init__(self, width: int, size: int, factors: Mapping[str, tuple[float, float]], landmarks: bool) -> None:
+        inputs = 2 * len(factors) + (10 if landmarks else 0)
+        super().__init__(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 2 * width))
+        self.factors, self.landmarks, self.size = dict(factors), landmarks, size
+        self.register_buffer(
+            "template", torch.tensor(template("portrait", size), dtype=torch.float32), persistent=False
+        )
+
+    def forward(self, batch: FaceBatch) -> Tensor:
+        """(B,2,D).
+
+        Raises:
+            AnonfwError: the data set has not measured one of the factors.
+        """
+        return super().forward(self.measurements(batch)).unflatten(-1, (2, -1))
+
+    def measurements(self, batch: FaceBatch) -> Tensor:
+        """(B, 2K + 10): each factor over its spread with a flag whether it is known, then the landmarks' offsets."""
+        columns = []
+        for name, (mean, spread) in self.factors.items():
+            if name not in batch.factors:
+                raise AnonfwError(
+                    f"the model reads the factor {name!r}, but the data set has only {sorted(batch.factors)}; "
+                    "write the shards with measured factors (--factors)"
+                )
+            value = (batch.factors[name].float() - mean) / spread
+            known = torch.isfinite(value)
+            columns += [torch.where(known, value, torch.zeros_like(value)).clamp(-5, 5), known.float()]
+        if self.landmarks:
+            columns += ((batch.landmarks - self.template) * (16.0 / self.size)).flatten(1).unbind(-1)
+        return torch.stack(columns, -1)
+
+
 class NonIdentityExtractor(nn.Module):
     """E_n: masked image -> a grid of tokens, and one token of measured factors (pose, expression).
 
@@ -115,8 +158,6 @@ class NonIdentityExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.factors = dict(factors or {})
-        self.landmarks = landmarks
-        self.size = size
         layers: list[nn.Module] = [nn.Conv2d(4, channels, 7, stride=4, padding=3), nn.SiLU()]
         side = -(-size // 4)
         while side > grid:
@@ -126,32 +167,12 @@ class NonIdentityExtractor(nn.Module):
         self.to_tokens = nn.Linear(channels, width)
         self.position = nn.Parameter(torch.zeros(1, grid * grid, width))
         self.norm = nn.LayerNorm(width)
-        inputs = 2 * len(self.factors) + (10 if landmarks else 0)
-        self.measured = nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 2 * width)) if inputs else None
-        self.register_buffer(
-            "template", torch.tensor(template("portrait", size), dtype=torch.float32), persistent=False
-        )
+        self.measured = MeasuredFactors(width, size, self.factors, landmarks) if self.factors or landmarks else None
 
     def forward(self, visible: Tensor, region: Tensor, batch: FaceBatch) -> Tensor:
         """(B,3,H,H) in [-1,1], (B,1,H,H) -> c_n (B,N,D)."""
         features = self.convolutions(torch.cat([visible, region], 1))
         tokens = self.to_tokens(features.flatten(2).transpose(1, 2)) + self.position
         if self.measured is not None:
-            tokens = torch.cat([tokens, self.measured(self._measurements(batch)).unflatten(-1, (2, -1))], 1)
+            tokens = torch.cat([tokens, self.measured(batch)], 1)
         return self.norm(tokens)
-
-    def _measurements(self, batch: FaceBatch) -> Tensor:
-        """(B, 2K + 10): each factor over its spread with a flag whether it is known, then the landmarks' offsets."""
-        columns = []
-        for name, (mean, spread) in self.factors.items():
-            if name not in batch.factors:
-                raise KeyError(
-                    f"the model reads the factor {name!r}, but the data set has only {sorted(batch.factors)}; "
-                    "write the shards with measured factors (--factors)"
-                )
-            value = (batch.factors[name].float() - mean) / spread
-            known = torch.isfinite(value)
-            columns += [torch.where(known, value, torch.zeros_like(value)).clamp(-5, 5), known.float()]
-        if self.landmarks:
-            columns += ((batch.landmarks - self.template) * (16.0 / self.size)).flatten(1).unbind(-1)
-        return torch.stack(columns, -1)

@@ -18,11 +18,13 @@ def small_unet(
     blocks: int = 1,
     heads: int = 4,
     vector_width: int | None = None,
+    middle: bool = True,
 ) -> nn.Module:
     """A `UNet2DConditionModel` for grids of `grid` x `grid`: one width a level, halved between levels.
 
     Args:
         attention: which levels have self- and cross-attention (the middle always has).
+        middle: whether there is a block at the coarsest grid between the way down and the way up.
         blocks: residual blocks a level. heads: of every attention.
         vector_width: of a vector that is added to the time embedding (diffusers' `class_labels`); None for none.
     """
@@ -36,6 +38,7 @@ def small_unet(
         out_channels=out_channels,
         down_block_types=down,
         up_block_types=up,
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
         block_out_channels=tuple(widths),
         layers_per_block=blocks,
         cross_attention_dim=token_width,

@@ -13,7 +13,7 @@ from torch import Tensor
 from anonfw import recipe as recipes
 from anonfw.data.files import sha256_of
 from anonfw.errors import AnonfwError
-from anonfw.training import runs
+from anonfw.training import runs, storage
 
 BASES = Path(__file__).parent.parent / "bases"
 
@@ -46,7 +46,7 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = storage.read(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "callbacks" not in checkpoint:
         if not (tensors := _flat(checkpoint)):
             raise AnonfwError(f"{path} is no checkpoint of a run, and holds no tensors by name")
