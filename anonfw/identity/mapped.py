@@ -5,7 +5,7 @@ Shape legend: B photographs, D width of E_I, M synthetic identities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,10 +24,11 @@ class MappedIdentity(nn.Module):
         source: a run folder of `recipes/identity_mapper.yaml` (or its export) with the bank in it, or the name of one
             that comes with the package (`identity_mapper`).
         bank: another bank of the same mapper; None takes `bank.safetensors` in that folder.
+        alignment: crop of the images, where there is no sidecar of a recogniser; None is the mapper's own.
         ceiling: largest cosine, in the space of E_I, between a person and the identity that replaces them; None for
             the paper's "as close as possible". The nearest identity that is allowed is taken.
-        alike: attributes in which the identity should be like the person, out of `female` and `age`, where the bank
-            and the batch's factors have them (`IdentityBank.of_people`).
+        demographics: estimates sex and age of the photographs: identities that look alike in these come first, where
+            the bank has such attributes (`IdentityBank`). None takes the nearest, whoever it is.
     Raises:
         AnonfwError: no such run, a bank that was made with another mapper, or a damaged file.
     """
@@ -36,8 +37,9 @@ class MappedIdentity(nn.Module):
         self,
         source: str = "identity_mapper",
         bank: str | None = None,
+        alignment: str | None = None,
         ceiling: float | None = None,
-        alike: tuple[str, ...] | list[str] = (),
+        demographics: Callable[[Tensor, str], Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         from anonfw.training.load import BASES, load_system
@@ -53,7 +55,10 @@ class MappedIdentity(nn.Module):
             raise AnonfwError(
                 f"the mapper gives {self.mapper.dim} numbers, its bank holds {self.bank.dim}: make it again"
             )
-        self.ceiling, self.alike = ceiling, tuple(alike)
+        self.ensemble.alignment = alignment or self.ensemble.alignment
+        self.ceiling, self.demographics = ceiling, demographics
+        if demographics is not None and not self.bank.attributes:
+            raise AnonfwError("the bank does not know the sex and age of its identities: make it with them")
         self.dim = self.mapper.dim
         self.requires_grad_(False).eval()
 
@@ -85,15 +90,15 @@ class MappedIdentity(nn.Module):
         Raises:
             BankError: nobody in the bank is below the ceiling.
         """
-        return self.bank.of_people(z, batch.identity, ceiling=self.ceiling, like=self._attributes(batch) or None)
+        like = None
+        if self.demographics is not None:
+            estimated = self.demographics(batch.image, self.ensemble.alignment)
+            like = {name: estimated[name].to(z.device) for name in self.bank.attributes}
+        return self.bank.of_people(z, batch.identity, ceiling=self.ceiling, like=like)
 
     def centres(self, identities: Tensor) -> Tensor:
         """(B,) numbers in the bank -> (B,D) unit norm."""
         return self.bank.centres.to(identities.device)[identities]
-
-    def _attributes(self, batch: FaceBatch) -> Mapping[str, Tensor]:
-        there = [name for name in self.alike if name in batch.factors and name in self.bank.attributes]
-        return {name: batch.factors[name] for name in there}
 
 
 def between(one: Tensor, other: Tensor, share: float) -> Tensor:
