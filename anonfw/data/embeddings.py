@@ -42,19 +42,24 @@ def read_record(folder: Path, name: str) -> dict:
 def save_sidecar(folder: Path, shard: Shard, name: str, encoder_sha256: str, embeddings: np.ndarray) -> None:
     """Write a shard's array, then note that it is there. Arrays of other weights are forgotten.
 
+    Several processes may do so for shards of the same data set: the record is changed under a lock.
+
     Args:
         embeddings: (rows, dim), kept as float16.
     """
+    import filelock
+
     array = sidecar_path(folder / shard.file, name)
     with atomic(array) as file:
         np.save(file, embeddings.astype(np.float16))
     rows, dim = embeddings.shape
-    record = read_record(folder, name)
-    if record["sha256"] != encoder_sha256 or record["dim"] != dim:
-        record = {"encoder": name, "sha256": encoder_sha256, "dim": dim, "shards": {}}
-    record["shards"][shard.stem] = {"rows": rows, "sha256": sha256_of(array), "tar_sha256": shard.sha256}
-    record["shards"] = dict(sorted(record["shards"].items()))
-    write_json(sidecar_record_path(folder, name), record)
+    with filelock.FileLock(folder / f".{name}.sidecar.lock"):
+        record = read_record(folder, name)
+        if record["sha256"] != encoder_sha256 or record["dim"] != dim:
+            record = {"encoder": name, "sha256": encoder_sha256, "dim": dim, "shards": {}}
+        record["shards"][shard.stem] = {"rows": rows, "sha256": sha256_of(array), "tar_sha256": shard.sha256}
+        record["shards"] = dict(sorted(record["shards"].items()))
+        write_json(sidecar_record_path(folder, name), record)
 
 
 class Sidecar:
