@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anonfw import recipe as recipes
-from anonfw.errors import AnonfwError
+from anonfw.errors import AnonfwError, RecipeError
 
 FREE_BYTES = 2e9
 PROBE_SECONDS = 60
@@ -33,14 +33,16 @@ else echo "ok $SLURMD_NODENAME"; fi
 
 
 def before_start(recipe_path: str, overrides: Sequence[str]) -> None:
-    """Every check, in the order of what they cost.
+    """Every check, in the order of what they cost. A requeued job's recipe is not checked against its classes again.
 
     Raises:
         AnonfwError: the first that fails.
     """
     job = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
     ranks_fit_devices(job)
-    recipe = recipes.read(recipe_path, list(overrides))
+    recipe = recipes.load(recipe_path, list(overrides))
+    if mistakes := recipe.mistakes if int(job.get("SLURM_RESTART_COUNT", 0)) else recipes.check(recipe):
+        raise RecipeError(mistakes)
     trainer = recipe["trainer"]
     world = _count(trainer.get("num_nodes", 1)) * _count(trainer.get("devices", 1))
     if "SLURM_NTASKS" in job and world != int(job["SLURM_NTASKS"]):

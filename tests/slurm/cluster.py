@@ -200,8 +200,12 @@ class Cluster:
         )
         return fields["JobState"], int(fields["Restarts"]), fields["ExitCode"]
 
-    def wait(self, job: str, wanted: Callable[[str, int], bool], seconds: float, output: Path | None = None) -> None:
-        """Until `wanted(state, restarts)`; ends early when the job has ended otherwise.
+    def start_now(self, job: str) -> None:
+        """SLURM puts a requeued job off for a while; not here."""
+        self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)  # it may run already
+
+    def wait(self, job: str, wanted: Callable[[str, int], bool], seconds: float, output: Callable[[], Path]) -> None:
+        """Until `wanted(state, restarts)`; ends early when the job has ended otherwise. `output`: the job's, to show.
 
         Raises:
             TimeoutError, RuntimeError: with the job's output.
@@ -210,7 +214,7 @@ class Cluster:
         seen: list[tuple[str, int, str]] = []
 
         def said() -> str:
-            text = output.read_text() if output is not None and output.exists() else ""
+            text = output().read_text() if output().exists() else ""
             return f"states of job {job}: {seen}\n{text[-6000:]}\n{self.logs()}"
 
         def arrived() -> bool:

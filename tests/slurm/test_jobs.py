@@ -1,0 +1,180 @@
+"""Trainings as jobs of a real SLURM cluster: two ranks on two nodes, and what happens to them there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tiny_training as tiny
+from cluster import Cluster, wait_for
+
+from anonfw.launch import slurm
+from anonfw.training import runs
+
+# How long anything may take on a machine that does ten other things; alone it takes a tenth of it.
+PATIENCE = 900
+TESTS = Path(__file__).resolve().parent
+HOLD = "callbacks.hold={_target_: faults.Hold, _partial_: true, batch: 3%s}"
+
+
+class Jobs:
+    """Submits tiny trainings. `folder`: the run folder of each name."""
+
+    def __init__(self, cluster: Cluster, faces: Path, place: Path) -> None:
+        self.cluster, self.faces, self.place = cluster, faces, place
+
+    def folder(self, name: str) -> Path:
+        return self.place / name
+
+    def submit(self, name: str, *more: str, shape: slurm.Shape | None = None) -> str:
+        """Submits what `python -m anonfw launch slurm` would; returns the job's number."""
+        own = [item for item in tiny.overrides(self.faces, *more) if not item.startswith("trainer.accelerator")]
+        job = slurm.training_job(
+            shape or slurm.Shape(nodes=2, cpus_per_task=1), str(tiny.RECIPE), [*own, f"run={self.folder(name)}"]
+        )
+        return slurm.submit(job)
+
+    def output(self, name: str) -> Path:
+        return next(self.place.glob(f"{name}.*.out"), self.place / f"{name}.out")
+
+    def wait(self, job: str, name: str, state: str, restarts: int = 0) -> None:
+        self.cluster.wait(
+            job, lambda now, again: now == state and again >= restarts, PATIENCE, lambda: self.output(name)
+        )
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, tiny_faces, tmp_path_factory):
+    """The environment of the cluster, for this process too, while the tests of this file run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        patch.setenv("PATH", cluster.environment()["PATH"])
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.syspath_prepend(str(TESTS))
+        yield Jobs(cluster, tiny_faces, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def warned(jobs) -> str:
+    """A job that waits for the warning before its time limit, which takes SLURM most of a minute: begun early."""
+    Path(f"{jobs.folder('warned')}.hold").touch()
+    shape = slurm.Shape(nodes=2, cpus_per_task=1, time="3", lead=120)
+    return jobs.submit("warned", HOLD % ", for_signal: true", "callbacks.checkpoint.every=100", shape=shape)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs, warned) -> Path:
+    """The run folder of a two-node job that nothing happened to."""
+    job = jobs.submit("undisturbed")
+    jobs.wait(job, "undisturbed", "COMPLETED")
+    return jobs.folder("undisturbed")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same end, and every step logged once, with the same values."""
+    tiny.assert_same_end(one, other)
+    assert list(tiny.curve(one)) == list(range(tiny.STEPS))
+    assert tiny.curve(one) == tiny.curve(other)
+
+
+def test_a_job_on_two_nodes(undisturbed, jobs):
+    finished = json.loads((undisturbed / "finished.json").read_text())
+    assert finished["ranks"] == 2 and finished["steps"] == tiny.STEPS
+    said = jobs.output("undisturbed").read_text()
+    assert "nodes n[1-2], 2 tasks" in said and "checked: 2 ranks" in said
+    assert said.count("checked:") == said.count("run folder " + str(undisturbed) + "\n") - 1 == 1, "rank 0 alone speaks"
+    assert list(tiny.curve(undisturbed)) == list(range(tiny.STEPS))
+    assert not jobs.cluster.tasks() or jobs.cluster.states("1")[0] == "RUNNING"
+
+
+def test_a_requeue_in_the_middle_of_an_epoch(undisturbed, jobs):
+    """`scontrol requeue` while both ranks are inside step 4 and never return from it: SLURM kills them."""
+    hold = Path(f"{jobs.folder('requeued')}.hold")
+    hold.touch()
+    wandb = "loggers.wandb={_target_: anonfw.training.loggers.wandb, _partial_: true, project: tests}"
+    job = jobs.submit("requeued", HOLD % "", "callbacks.checkpoint.every=2", wandb)
+    held = [Path(f"{jobs.folder('requeued')}.held-{rank}") for rank in (0, 1)]
+    jobs.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: jobs.output("requeued"))
+    assert runs.step_of(runs.newest(jobs.folder("requeued"))) == 2
+    jobs.cluster.run("scontrol", "requeue", job)
+    wait_for("the requeue", lambda: jobs.cluster.states(job)[1] == 1, PATIENCE)
+    hold.unlink()
+    jobs.cluster.start_now(job)
+    jobs.wait(job, "requeued", "COMPLETED", restarts=1)
+    assert_same_run(jobs.folder("requeued"), undisturbed)
+    said = jobs.output("requeued").read_text()
+    assert "start 0," in said and "start 1," in said and "continuing" in said, "one output file, appended to"
+    check_offline_wandb(jobs.folder("requeued"))
+
+
+def check_offline_wandb(folder: Path) -> None:
+    """Both starts wrote the same W&B run, and together every step once."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    number = (folder / "wandb_id").read_text()
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and {path.stem for path in files} == {f"run-{number}"}
+    logged: dict[int, float] = {}
+    for file in files:
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while (content := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            if "train/loss" in items:
+                step = int(json.loads(items["trainer/global_step"]))
+                assert step not in logged, f"step {step} was logged twice"
+                logged[step] = json.loads(items["train/loss"])
+    assert logged == tiny.curve(folder)
+
+
+def test_a_node_that_dies(undisturbed, jobs):
+    """Power cut on the second node: the job is requeued by itself and finishes when the node is back."""
+    hold = Path(f"{jobs.folder('orphaned')}.hold")
+    hold.touch()
+    job = jobs.submit("orphaned", HOLD % "", "callbacks.checkpoint.every=2")
+    held = [Path(f"{jobs.folder('orphaned')}.held-{rank}") for rank in (0, 1)]
+    jobs.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: jobs.output("orphaned"))
+    jobs.cluster.kill_node("n2")
+    hold.unlink()
+    try:
+        jobs.cluster.wait(job, lambda _, again: again >= 1, PATIENCE, lambda: jobs.output("orphaned"))
+    finally:
+        jobs.cluster.start_node("n2")
+    jobs.cluster.start_now(job)
+    jobs.wait(job, "orphaned", "COMPLETED", restarts=1)
+    assert_same_run(jobs.folder("orphaned"), undisturbed)
+
+
+def test_a_rank_that_crashes_ends_the_job(jobs):
+    job = jobs.submit("crashed", "callbacks.crash={_target_: faults.Crash, rank: 1, batch: 2}")
+    jobs.wait(job, "crashed", "FAILED")
+    _, restarts, code = jobs.cluster.states(job)
+    assert restarts == 0 and int(code.split(":")[0]) != 0
+    said = jobs.output("crashed").read_text()
+    assert "not requeued" in said
+    left = f"SLURM_JOB_ID={job}"
+    wait_for("no process is left", lambda: not jobs.cluster.processes(left), 60)
+    assert not (jobs.folder("crashed") / "finished.json").exists()
+
+
+def test_a_time_limit(undisturbed, jobs, warned):
+    """SIGUSR1 some time before the limit: both ranks save at the same step, and the job requeues itself."""
+    folder = jobs.folder("warned")
+    jobs.cluster.wait(warned, lambda _, again: again >= 1, PATIENCE, lambda: jobs.output("warned"))
+    Path(f"{folder}.hold").unlink()
+    jobs.cluster.run("scontrol", "update", f"jobid={warned}", "timelimit=600")
+    jobs.cluster.start_now(warned)
+    jobs.wait(warned, "warned", "COMPLETED", restarts=1)
+    said = jobs.output("warned").read_text()
+    assert re.search(r"stopped by SIGUSR1 at step 4, and saved", said)
+    assert "stopped before its time limit: requeue" in said
+    assert "continuing" in said and not (folder / "stopped.json").exists()
+    assert_same_run(folder, undisturbed)
