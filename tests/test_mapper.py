@@ -178,6 +178,30 @@ def test_a_run_ends_with_table_and_bank(run, capsys):
     assert {"val/loss", "train/triplet"} <= {name for entry in tiny.metrics(run) for name in entry}
 
 
+def test_the_bank_knows_sex_and_age_where_asked(run, tmp_path, monkeypatch):
+    seen = []
+
+    class Estimator:
+        """Stands in for the networks: light pictures are of old women."""
+
+        def __call__(self, images, alignment):
+            seen.append((tuple(images.shape[1:]), images.dtype, alignment))
+            light = images.float().mean((1, 2, 3)) / 255
+            return {"age": 100 * light, "female": light}
+
+    monkeypatch.setattr("anonfw.demographics.Demographics", Estimator)
+    system, recipe = load_system(run)
+    MappingEvaluation(min_photos=2, attributes=True).measure(system, recipe, tmp_path)
+    bank = IdentityBank.load(tmp_path / "bank.safetensors")
+    assert set(seen) == {((3, 112, 112), torch.uint8, "portrait")}
+    assert torch.allclose(bank.attributes["age"], 100 * bank.attributes["female"])
+    assert bank.attributes["age"].std() > 1 and len(bank) == 12
+    assert IdentityBank.load(run / "bank.safetensors").attributes == {}
+    z = system.embed(next(iter(recipes.build(recipe["data"]["test"])(shuffle=False))))
+    like = {name: torch.full((len(z),), values[3].item()) for name, values in bank.attributes.items()}
+    assert (bank.attributes["age"][bank.nearest(z, like=like)] - bank.attributes["age"][3]).abs().max() < 10
+
+
 def test_the_statistics_are_kept_in_all_files(run):
     system, recipe = load_system(run)
     trained = load_file(run / "model.safetensors")

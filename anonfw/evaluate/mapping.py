@@ -6,6 +6,7 @@ Legend: N photos of P people that were never trained on, M synthetic identities 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from anonfw.batch import FaceBatch
 from anonfw.data.open import open_loader
+from anonfw.demographics import of_people
 from anonfw.errors import AnonfwError
 from anonfw.evaluate import protocols, verification
 from anonfw.evaluate.intervals import LEVEL, Estimate, mean_interval, rate_interval
@@ -102,6 +104,8 @@ class MappingEvaluation:
         fpr: false positive rates of the verification columns.
         folds: of the verification accuracy.
         seed: of folds, impostor pairs and bootstrap.
+        attributes: estimate sex and age of the bank's identities from their photos and keep them in the bank; with a
+            mapper that reads sidecars this is the only part that decodes pictures.
     """
 
     def __init__(
@@ -112,11 +116,13 @@ class MappingEvaluation:
         fpr: list[float] | tuple[float, ...] = (1e-2, 1e-3),
         folds: int = verification.FOLDS,
         seed: int = 0,
+        attributes: bool = False,
     ) -> None:
         if not 2 <= min_photos <= photos_per_person:
             raise ValueError(f"2 <= min_photos <= photos_per_person, not {min_photos} and {photos_per_person}")
         self.bank, self.min_photos, self.photos_per_person = bank, min_photos, photos_per_person
         self.fpr, self.folds, self.seed = sorted(fpr, reverse=True), folds, seed
+        self.attributes = attributes
 
     def measure(self, system: Any, recipe: Mapping[str, Any], folder: Path) -> MappingReport:
         """Embed the people of the bank and of `data.test`, compare, write `bank.safetensors` with its card.
@@ -127,20 +133,11 @@ class MappingEvaluation:
             AnonfwError: fewer than two people with enough photos.
         """
         sources, sets = {}, {}
+        single = {"rank": 0, "world": 1, "shuffle": False, "mode": "images"}
+        single["bad_samples_file"] = folder / "bad_samples.jsonl"
         for part, name in (("bank", self.bank), ("people", "test")):
-            loader = open_loader(
-                recipe,
-                name,
-                rank=0,
-                world=1,
-                shuffle=False,
-                mode="images",
-                bad_samples_file=folder / "bad_samples.jsonl",
-            )
-            try:
+            with closing(open_loader(recipe, name, **single)) as loader:
                 sets[part] = collect(system, loader)
-            finally:
-                loader.close()
             card = loader.table.card
             sources[part] = {"data": card.name, "split": loader.table.split, "licence": card.licence}
             sources[part]["names"] = loader.table.people
@@ -153,7 +150,11 @@ class MappingEvaluation:
             space: IdentityBank.from_embeddings(e, bank_identity, names, space) for space, e in bank_spaces.items()
         }
         own = next(iter(banks))
-        kept = IdentityBank(banks[own].centres, names, system.embedding_name(), sources["bank"])
+        attributes = {}
+        if self.attributes:
+            with closing(open_loader(recipe, self.bank, **single, flip=0.0, decode=True)) as loader:
+                attributes = {name: values[shown] for name, values in of_people(loader).items()}
+        kept = IdentityBank(banks[own].centres, names, system.embedding_name(), sources["bank"], attributes)
         kept.save(folder / BANK)
         report = self.run(*sets["people"], banks)
         report.settings |= sources
