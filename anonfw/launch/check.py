@@ -129,10 +129,11 @@ def nodes_meet(nodes: int, place: Path) -> None:
         AnonfwError: the nodes that do not, in one line.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    command = ["srun", "--overlap", "--ntasks-per-node=1", f"--ntasks={nodes}", "bash", "-c", PROBE]
+    command += [str(_existing(place).absolute()), sys.executable]
     with socket.create_server(("", port), backlog=1024) as server:
-        threading.Thread(target=_greet, args=(server,), daemon=True).start()
-        command = ["srun", "--overlap", "--ntasks-per-node=1", f"--ntasks={nodes}", "bash", "-c", PROBE]
-        command += [str(_existing(place).absolute()), sys.executable]
+        greeter = threading.Thread(target=_greet, args=(server,))
+        greeter.start()
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL
@@ -141,6 +142,9 @@ def nodes_meet(nodes: int, place: Path) -> None:
             raise AnonfwError(
                 f"not all of {os.environ.get('SLURM_JOB_NODELIST')} answer srun within {PROBE_SECONDS} s"
             ) from error
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # ends a waiting `accept`, or the port would stay taken
+            greeter.join()
     answers = done.stdout.splitlines()
     bad = sorted(answer for answer in answers if not answer.startswith("ok "))
     if bad:
@@ -153,7 +157,7 @@ def _greet(server: socket.socket) -> None:
     while True:
         try:
             server.accept()[0].close()
-        except OSError:  # closed: all have asked
+        except OSError:  # shut down: all have asked
             return
 
 

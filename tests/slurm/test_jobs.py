@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,11 @@ class Jobs:
     def output(self, name: str) -> Path:
         return next(self.place.glob(f"{name}.*.out"), self.place / f"{name}.out")
 
+    def wait_until_held(self, job: str, name: str) -> None:
+        """Until both ranks stand still (`faults.Hold`)."""
+        held = [Path(f"{self.folder(name)}.held-{rank}") for rank in (0, 1)]
+        self.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: self.output(name))
+
     def wait(self, job: str, name: str, state: str, restarts: int = 0) -> None:
         self.cluster.wait(
             job, lambda now, again: now == state and again >= restarts, PATIENCE, lambda: self.output(name)
@@ -60,15 +64,7 @@ def jobs(cluster, tiny_faces, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def warned(jobs) -> str:
-    """A job that waits for the warning before its time limit, which takes SLURM most of a minute: begun early."""
-    Path(f"{jobs.folder('warned')}.hold").touch()
-    shape = slurm.Shape(nodes=2, cpus_per_task=1, time="3", lead=120)
-    return jobs.submit("warned", HOLD % ", for_signal: true", "callbacks.checkpoint.every=100", shape=shape)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(jobs, warned) -> Path:
+def undisturbed(jobs) -> Path:
     """The run folder of a two-node job that nothing happened to."""
     job = jobs.submit("undisturbed")
     jobs.wait(job, "undisturbed", "COMPLETED")
@@ -89,7 +85,7 @@ def test_a_job_on_two_nodes(undisturbed, jobs):
     assert "nodes n[1-2], 2 tasks" in said and "checked: 2 ranks" in said
     assert said.count("checked:") == said.count("run folder " + str(undisturbed) + "\n") - 1 == 1, "rank 0 alone speaks"
     assert list(tiny.curve(undisturbed)) == list(range(tiny.STEPS))
-    assert not jobs.cluster.tasks() or jobs.cluster.states("1")[0] == "RUNNING"
+    wait_for("no process is left", lambda: not jobs.cluster.tasks(), PATIENCE)
 
 
 def test_a_requeue_in_the_middle_of_an_epoch(undisturbed, jobs):
@@ -98,8 +94,7 @@ def test_a_requeue_in_the_middle_of_an_epoch(undisturbed, jobs):
     hold.touch()
     wandb = "loggers.wandb={_target_: anonfw.training.loggers.wandb, _partial_: true, project: tests}"
     job = jobs.submit("requeued", HOLD % "", "callbacks.checkpoint.every=2", wandb)
-    held = [Path(f"{jobs.folder('requeued')}.held-{rank}") for rank in (0, 1)]
-    jobs.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: jobs.output("requeued"))
+    jobs.wait_until_held(job, "requeued")
     assert runs.step_of(runs.newest(jobs.folder("requeued"))) == 2
     jobs.cluster.run("scontrol", "requeue", job)
     wait_for("the requeue", lambda: jobs.cluster.states(job)[1] == 1, PATIENCE)
@@ -140,8 +135,7 @@ def test_a_node_that_dies(undisturbed, jobs):
     hold = Path(f"{jobs.folder('orphaned')}.hold")
     hold.touch()
     job = jobs.submit("orphaned", HOLD % "", "callbacks.checkpoint.every=2")
-    held = [Path(f"{jobs.folder('orphaned')}.held-{rank}") for rank in (0, 1)]
-    jobs.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: jobs.output("orphaned"))
+    jobs.wait_until_held(job, "orphaned")
     jobs.cluster.kill_node("n2")
     hold.unlink()
     try:
@@ -165,16 +159,22 @@ def test_a_rank_that_crashes_ends_the_job(jobs):
     assert not (jobs.folder("crashed") / "finished.json").exists()
 
 
-def test_a_time_limit(undisturbed, jobs, warned):
-    """SIGUSR1 some time before the limit: both ranks save at the same step, and the job requeues itself."""
-    folder = jobs.folder("warned")
-    jobs.cluster.wait(warned, lambda _, again: again >= 1, PATIENCE, lambda: jobs.output("warned"))
-    Path(f"{folder}.hold").unlink()
-    jobs.cluster.run("scontrol", "update", f"jobid={warned}", "timelimit=600")
-    jobs.cluster.start_now(warned)
-    jobs.wait(warned, "warned", "COMPLETED", restarts=1)
+def test_a_time_limit(undisturbed, jobs):
+    """SIGUSR1 five minutes before the limit: both ranks save at the same step, and the job requeues itself."""
+    Path(f"{jobs.folder('warned')}.hold").touch()
+    shape = slurm.Shape(nodes=2, cpus_per_task=1, time="600", lead=300)
+    job = jobs.submit("warned", HOLD % ", for_signal: true", "callbacks.checkpoint.every=100", shape=shape)
+    jobs.wait_until_held(job, "warned")
+    # Now the limit comes near: SLURM looks at it twice a minute, and finds that less than the lead is left.
+    minutes = jobs.cluster.run("squeue", "-h", "-j", job, "-o", "%M").strip().split(":")
+    jobs.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={int(minutes[-2]) + 4}")
+    jobs.cluster.wait(job, lambda _, again: again >= 1, PATIENCE, lambda: jobs.output("warned"))
+    jobs.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=600")
+    Path(f"{jobs.folder('warned')}.hold").unlink()
+    jobs.cluster.start_now(job)
+    jobs.wait(job, "warned", "COMPLETED", restarts=1)
     said = jobs.output("warned").read_text()
-    assert re.search(r"stopped by SIGUSR1 at step 4, and saved", said)
+    assert "stopped by SIGUSR1 at step 4, and saved" in said
     assert "stopped before its time limit: requeue" in said
-    assert "continuing" in said and not (folder / "stopped.json").exists()
-    assert_same_run(folder, undisturbed)
+    assert "continuing" in said and not (jobs.folder("warned") / "stopped.json").exists()
+    assert_same_run(jobs.folder("warned"), undisturbed)
