@@ -13,11 +13,11 @@ SHELL := bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Several test processes with several threads each would fight for the cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore=tests/slurm
 
 .PHONY: help
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## make .venv and install the project and its tools into it
@@ -40,6 +40,10 @@ demo: $(STAMP) ## install, train ID2Face on the embedded faces, print the table 
 .PHONY: test
 test: $(STAMP) ## install and run the whole test suite (4 to 5 minutes on 2 cores)
 	$(TEST)
+
+.PHONY: test-slurm
+test-slurm: $(STAMP) ## trainings on a real SLURM cluster of two nodes, made on this machine (needs slurm-wlm and munge)
+	ANONFW_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 .PHONY: check
 check: lint ## lint and the quick part of the suite (under two minutes on 2 cores)

@@ -301,7 +301,7 @@ def test_real_photographs_are_named_only_by_tests():
 
 def test_makefile_commands_are_listed_and_named_in_the_contributing_guide():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in ("setup", "demo", "test", "check", "lint", "bench", "clean"):
+    for name in ("setup", "demo", "test", "test-slurm", "check", "lint", "bench", "clean"):
         assert f"make {name} " in shown
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert "make check" in guide and "make test" in guide

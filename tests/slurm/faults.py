@@ -10,7 +10,7 @@ import lightning
 
 from anonfw.training import signals
 
-PATIENCE = 900
+PATIENCE = 600
 
 
 class Hold(lightning.Callback):

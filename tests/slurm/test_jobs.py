@@ -14,7 +14,7 @@ from anonfw.launch import slurm
 from anonfw.training import runs
 
 # How long anything may take on a machine that does ten other things; alone it takes a tenth of it.
-PATIENCE = 900
+PATIENCE = 600
 TESTS = Path(__file__).resolve().parent
 HOLD = "callbacks.hold={_target_: faults.Hold, _partial_: true, batch: 3%s}"
 
