@@ -96,6 +96,11 @@ class System(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: FaceBatch, device: torch.device, dataloader_idx: int) -> FaceBatch:  # noqa: ARG002
         return batch.to(device, non_blocking=True)
 
+    def configure_model(self) -> None:
+        """Lightning's hook, once the ranks know each other: a strategy that shards cuts the networks here."""
+        if hasattr(self.trainer.strategy, "shard"):
+            self.trainer.strategy.shard(self)
+
     def configure_optimizers(self):
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.schedule is None:
@@ -103,12 +108,7 @@ class System(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm=None) -> None:
         # Lightning refuses to clip for fused optimizers under mixed precision; without a gradient scaler that is sound.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_val and gradient_clip_algorithm == "value":

@@ -148,23 +148,6 @@ def test_a_kill_after_training_trains_no_further(tiny_faces, tmp_path, monkeypat
     assert list(tiny.curve(folder)) == list(range(tiny.STEPS))
 
 
-def test_a_half_written_checkpoint_is_passed_over(tiny_faces, tmp_path, monkeypatch, undisturbed):
-    recipe = tiny.recipe(tiny_faces, "callbacks.checkpoint.keep=3", f"run={tmp_path / 'run'}")
-    folder = train_until(monkeypatch, recipe, 4)
-    checkpoints = folder / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"step=2.ckpt", "step=3.ckpt", "step=4.ckpt", "last.ckpt"}
-    content = (checkpoints / "step=4.ckpt").read_bytes()
-    (checkpoints / "last.ckpt").unlink()
-    (checkpoints / "last.ckpt").write_bytes(content[: len(content) // 2])
-    (checkpoints / "step=4.ckpt").write_bytes(b"")
-    (checkpoints / ".step=5.ckpt.partial").write_bytes(content[:1000])
-    assert runs.step_of(checkpoints / "last.ckpt") is None
-    assert runs.newest(folder) == checkpoints / "step=3.ckpt"
-    tiny.train(recipe)
-    tiny.assert_same_end(folder, undisturbed([]))
-    assert not list(checkpoints.glob(".*"))
-
-
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tiny_faces, tmp_path, root):
     """A real process with a loader worker, killed between two steps, one step behind it that no checkpoint has."""

@@ -164,7 +164,6 @@ def two_layers() -> torch.nn.Module:
 )
 def test_the_average_of_any_parameters(decay, values, accumulate):
     module, ema, trainer = two_layers(), EMA(decay), SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
     ema.on_train_start(trainer, module)
     seen = [module[0].weight.detach().clone()]
     for value in values:
@@ -181,10 +180,7 @@ def test_the_average_of_any_parameters(decay, values, accumulate):
 
 
 def test_a_resumed_average_waits_for_the_optimizer():
-    """Lightning restores its step counter between `on_fit_start` and `on_train_start`."""
-    module, ema, trainer = two_layers(), EMA(), SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
-    trainer.global_step = 7
+    module, ema, trainer = two_layers(), EMA(), SimpleNamespace(global_step=7)
     ema.on_train_start(trainer, module)
     ema.on_train_batch_end(trainer, module)
     assert ema.updates == 0
@@ -195,7 +191,7 @@ def test_a_resumed_average_waits_for_the_optimizer():
 
 def test_averaged_swaps_and_restores():
     module, ema, trainer = two_layers(), EMA(0.9), SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     mean = {name: value.clone() for name, value in ema.average.items()}
     with torch.no_grad():
         module[0].weight.add_(1)
@@ -218,7 +214,7 @@ def test_averaged_swaps_and_restores():
 
 def test_the_state_of_an_average_survives_a_file(tmp_path):
     module, ema, trainer = two_layers(), EMA(0.9), SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     for step in range(1, 4):
         trainer.global_step = step
         with torch.no_grad():
@@ -227,11 +223,11 @@ def test_the_state_of_an_average_survives_a_file(tmp_path):
     torch.save(ema.state_dict(), tmp_path / "state")
     other = EMA(0.9)
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    other.on_fit_start(SimpleNamespace(global_step=0), module)
+    other.on_train_start(SimpleNamespace(global_step=0), module)
     assert other.updates == 3 and tiny.differences(other.average, ema.average) == []
     del other.average["0.bias"]
     with pytest.raises(ValueError, match="other parameters"):
-        other.on_fit_start(trainer, module)
+        other.on_train_start(trainer, module)
     with pytest.raises(ValueError, match="decay"):
         EMA(1.0)
 
@@ -387,7 +383,7 @@ def test_what_a_finished_run_leaves(run):
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml", "run.json", "checkpoints", "metrics.jsonl", "model.safetensors", "finished.json",
     }  # fmt: skip
-    names = {f"step={n}.ckpt" for n in range(1, tiny.STEPS + 1)} | {"last.ckpt"}
+    names = {f"step={n}.{kind}" for n in range(1, tiny.STEPS + 1) for kind in ("ckpt", "json")} | {"last.ckpt"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from anonfw import recipe as recipes
 from anonfw.errors import AnonfwError
+from anonfw.training import signals
 
 # What says where a run lies and how it is begun, not what is trained: equal runs may differ in these.
 PLACE = ("run", "resume")
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or continues the unfinished run of the same recipe: repeating a command resumes it."""
+    signals.listen(signal.SIGUSR1)  # SLURM's warning may come during the seconds of imports
     from anonfw.training.ranks import decided_once
 
     quiet()
@@ -77,7 +80,9 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     from anonfw.data.open import open_loader
     from anonfw.training import runs
     from anonfw.training.load import build_system, start_from
+    from anonfw.training.preemption import Preemption
     from anonfw.training.ranks import is_first
+    from anonfw.training.storage import Storage
 
     started = time.time()
     quiet()
@@ -96,6 +101,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
         if node is not None and name != "test"
     }
     callbacks, loggers = built(recipe.get("callbacks"), folder), built(recipe.get("loggers"), folder)
+    callbacks.append(Preemption(folder))
     for logger in loggers:
         if hasattr(logger, "rewind"):  # also without a checkpoint: a kill before the first one leaves lines, too
             logger.rewind(runs.step_of(checkpoint) if checkpoint else 0)
@@ -105,7 +111,12 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     if node.get("precision") is None:
         node["precision"] = best_precision()
     trainer: lightning.Trainer = recipes.build(
-        node, callbacks=callbacks, logger=loggers, default_root_dir=folder, enable_model_summary=False
+        node,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[*recipes.build(node.pop("plugins", [])), Storage()],
+        default_root_dir=folder,
+        enable_model_summary=False,
     )
     try:
         trainer.fit(
@@ -154,19 +165,13 @@ def best_precision() -> str:
 
 def save_average(trainer: Any, system: Any, folder: Path) -> None:
     """`model.safetensors`: the trained state, averaged where the run averages; it stays in `system`."""
-    from safetensors.torch import save
-
-    from anonfw.data.files import atomic
     from anonfw.training.ema import EMA
+    from anonfw.training.storage import write_weights
 
-    trained = system.trained_state()
     for callback in trainer.callbacks:
         if isinstance(callback, EMA):
-            for name, mean in callback.average.items():
-                trained[name].data.copy_(mean)
-    if trainer.is_global_zero:
-        with atomic(folder / "model.safetensors") as file:
-            file.write(save({name: p.detach().cpu().contiguous() for name, p in trained.items()}))
+            callback.put_into(system)
+    write_weights(system.trained_state(), folder / "model.safetensors", trainer.is_global_zero)
 
 
 def report(system: Any, recipe: Mapping[str, Any], folder: Path, started: float) -> None:

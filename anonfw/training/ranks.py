@@ -47,14 +47,15 @@ def decided_once(decide: Callable[[], Any], patience: timedelta = PATIENCE) -> A
     try:
         store, *_ = next(torch.distributed.rendezvous("env://", rank, world, timeout=patience))
         _open_stores.append(store)
+        place = f"anonfw/{len(_open_stores)}"
         if rank == 0:
-            return _publish(store, world, decide)
-        answer = json.loads(store.get("anonfw/decision"))
-        store.set(f"anonfw/heard/{rank}", "")
+            return _publish(store, place, world, decide)
+        answer = json.loads(store.get(f"{place}/decision"))
+        store.set(f"{place}/heard/{rank}", "")
     except torch.distributed.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise AnonfwError(
-            f"rank {rank} of {world} did not meet the others at {place} "
+            f"rank {rank} of {world} did not meet the others at {address} "
             f"within {patience.total_seconds():.0f} s: is every process running, and that address reachable? ({error})"
         ) from error
     if "value" not in answer:
@@ -62,15 +63,15 @@ def decided_once(decide: Callable[[], Any], patience: timedelta = PATIENCE) -> A
     return answer["value"]
 
 
-def _publish(store: Any, world: int, decide: Callable[[], Any]) -> Any:
+def _publish(store: Any, place: str, world: int, decide: Callable[[], Any]) -> Any:
     try:
         value = decide()
     except BaseException:
-        store.set("anonfw/decision", "{}")  # or the others would wait for it
+        store.set(f"{place}/decision", "{}")  # or the others would wait for it
         with suppress(RuntimeError):  # this process, and the server with it, ends when they have heard
-            store.wait([f"anonfw/heard/{rank}" for rank in range(1, world)], timedelta(seconds=10))
+            store.wait([f"{place}/heard/{rank}" for rank in range(1, world)], timedelta(seconds=10))
         raise
-    store.set("anonfw/decision", json.dumps({"value": value}))
+    store.set(f"{place}/decision", json.dumps({"value": value}))
     return value
 
 

@@ -2,7 +2,7 @@
 
 recipe.yaml           the recipe as it was resolved
 run.json              command, commit, versions, fingerprint of the recipe
-checkpoints/last.ckpt (and others, by the recipe's checkpoint callback)
+checkpoints/          step=N.ckpt with the hashes of its files in step=N.json; last.ckpt is a link to the newest
 metrics.jsonl  grid/  model.safetensors  table.*  finished.json
 """
 
@@ -37,24 +37,34 @@ def find_unfinished(name: str, mark: str, root: Path = ROOT) -> Path | None:
     return max(found)[1] if found else None
 
 
-def newest(folder: Path) -> Path | None:
-    """The readable checkpoint of a run folder with the most steps; None if there is none.
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(optimizer steps, checkpoint) of a run folder, the oldest first."""
+    found = [(path.stem.removeprefix("step="), path) for path in (folder / "checkpoints").glob("step=*.ckpt")]
+    return sorted((int(step), path) for step, path in found if step.isdecimal())
 
-    Where /tmp is another disk than the run folder, Lightning's writing is not atomic: a kill may leave half a file.
-    """
-    found = [(step_of(path), path.name == "last.ckpt", path) for path in (folder / "checkpoints").glob("*.ckpt")]
-    found = [entry for entry in found if entry[0] is not None]
-    return max(found)[2] if found else None
+
+def newest(folder: Path) -> Path | None:
+    """The whole checkpoint of a run folder with the most steps; None if there is none. Tells of damaged ones."""
+    from anonfw.training.storage import damage
+
+    for _, path in reversed(numbered(folder)):
+        if (what := damage(path)) is None:
+            return path
+        print(f"checkpoint {path} is damaged and not used ({what})", file=sys.stderr, flush=True)
+    return None
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Optimizer steps behind a checkpoint; None where the file is no whole checkpoint. Reads no tensors."""
+    """Optimizer steps behind a checkpoint; None where it is no whole checkpoint. Reads no tensors."""
     import pickle
 
     import torch
 
+    from anonfw.training.storage import STRUCTURE
+
+    file = checkpoint / STRUCTURE if checkpoint.is_dir() else checkpoint
     try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
         return None
 
