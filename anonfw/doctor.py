@@ -107,6 +107,16 @@ def weights() -> Iterator[Row]:
         yield state, row.weight.name, f"{row.state}, {size}, {place}"
 
 
+def released_models() -> Iterator[Row]:
+    """Released Stable Diffusion pipelines and FaceID adapters, and the command that anonymizes with them."""
+    from anonfw.released import TITLES, released
+
+    for row in released():
+        yield OK if row.pipeline else NOTE, TITLES[row.kind], str(row.pipeline or "not here")
+        yield OK if row.adapter else NOTE, "  FaceID adapter", str(row.adapter or "not here")
+        yield NOTE, "  run", row.command()
+
+
 def places() -> Iterator[Row]:
     """Where files are kept and how much room is there."""
     from anonfw.weights import cache_dir, local_dir
@@ -137,6 +147,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "devices": devices,
     "places": places,
     "weights": weights,
+    "diffusion": released_models,
 }
 
 

@@ -31,7 +31,11 @@ class NoFaceError(AnonfwError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m anonfw anonymize`."""
-    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder, a checkpoint in one, or an export")
+    parser.add_argument(
+        "run",
+        metavar="RUN_OR_RECIPE",
+        help="a run folder, a checkpoint in one, an export, or a recipe (.yaml) whose `init` names the weights",
+    )
     parser.add_argument(
         "photographs",
         metavar="PHOTOGRAPH|key=value",
@@ -195,18 +199,30 @@ def _opened(run: str, overrides: list[str], device: str | None) -> tuple[Callabl
     import torch
 
     from anonfw.attributes import Attributes
-    from anonfw.training import load_system
+    from anonfw.recipe import read
+    from anonfw.training.load import build_system, load_system, start_from
 
-    system, recipe = load_system(run, overrides)
+    if Path(run).suffix in (".yaml", ".yml"):
+        recipe = read(run, overrides)
+        if not recipe.get("init"):
+            raise AnonfwError(f"{run} names no trained weights: add init=FILE (or give a run folder)")
+        system = build_system(recipe)
+        start_from(system, recipe["init"])
+        system.eval()
+    else:
+        system, recipe = load_system(run, overrides)
     size, alignment = _crop_of(recipe)
     system = system.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return lambda batch, draw: system.anonymize(batch.to(system.device), draw), size, alignment, Attributes()
 
 
 def _crop_of(recipe: Mapping[str, Any]) -> tuple[int, str]:
-    """Size and alignment of the faces that the recipe's system was trained on: what the card of its data set says."""
+    """Size and alignment of the faces that the recipe's system works on: its own, or those of its data set's card."""
     from anonfw.data.open import open_loader
 
+    node = recipe["system"]
+    if node.get("size"):
+        return node["size"], node.get("alignment", "portrait")
     loader = open_loader(recipe, "train", rank=0, world=1)
     try:
         card = loader.table.card

@@ -162,21 +162,13 @@ def test_a_systems_own_error_is_not_swallowed(detector, photograph):
 
 @pytest.mark.slow
 def test_a_real_system_through_the_verb(photograph, tmp_path):
-    """ID²Face's shipped base, opened as an export would be: another person stands in the picture."""
-    import shutil
-
+    """ID²Face's recipe with its shipped base: other people stand in the picture."""
     from PIL import Image
 
-    from anonfw import recipe as recipes
     from anonfw.identity import ArcFace, embed_aligned
-    from anonfw.training.load import BASES
 
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text(recipes.read("recipes/id2face.yaml").yaml())
-    shutil.copy(BASES / "id2face.safetensors", run / "model.safetensors")
     Image.fromarray(photograph).save(tmp_path / "face.png")
-    words = [str(run), str(tmp_path / "face.png"), "system.steps=6", "--out", str(tmp_path / "out")]
+    words = ["recipes/id2face.yaml", str(tmp_path / "face.png"), "system.steps=6", "--out", str(tmp_path / "out")]
     assert cli.main(["anonymize", *words]) == 0
     out = np.array(Image.open(tmp_path / "out" / "face.png"))
     recognizer, detector = ArcFace(), Detector()
@@ -191,3 +183,11 @@ def test_a_real_system_through_the_verb(photograph, tmp_path):
     with torch.inference_mode():
         before, after = (embed_aligned(recognizer, faces, "portrait") for faces in crops)
     assert (before * after).sum(-1).max() < 0.4
+
+
+def test_a_recipe_without_weights_is_refused(tmp_path, photograph, capsys):
+    from PIL import Image
+
+    Image.fromarray(photograph).save(tmp_path / "face.png")
+    assert cli.main(["anonymize", "recipes/id2face.yaml", str(tmp_path / "face.png"), "init=null"]) == 2
+    assert "names no trained weights: add init=FILE" in capsys.readouterr().err
