@@ -6,7 +6,7 @@ import argparse
 import functools
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from anonfw import recipe as recipes
 from anonfw.errors import AnonfwError
 from anonfw.training import signals
 
-# What says where a run lies and how it is begun, not what is trained: equal runs may differ in these.
-PLACE = ("run", "resume")
+# What says where a run lies and on what it runs, not what is trained: equal runs may differ in these.
+PLACE = ("run", "resume", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+# What another number of ranks may ask for, too. A run that is named (run=FOLDER) may continue with these changed.
+LAYOUT = (
+    "trainer.accumulate_grad_batches", "trainer.precision", "trainer.enable_progress_bar",
+    *(f"data.{loader}.{key}" for loader in ("train", "validate", "test") for key in ("batch_size", "workers")),
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,28 +52,39 @@ def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | No
     """
     from anonfw.training import runs
 
-    text = recipes.dump({key: value for key, value in recipe.items() if key not in PLACE})
+    text, mark = recipes.dump(without(recipe, PLACE[:2])), runs.fingerprint(recipes.dump(without(recipe, PLACE)))
     if recipe.get("run"):
         folder = Path(recipe["run"])
         if not (folder / "run.json").exists():
-            return runs.create(recipe.name, text, folder=folder), None
+            return runs.create(recipe.name, text, mark, folder=folder), None
         if new:
             raise AnonfwError(f"--new, but {folder} holds a run already; name another folder")
-        if (folder / "recipe.yaml").read_text() != text:
+        theirs = without(recipes.load(folder / "recipe.yaml"), (*PLACE, *LAYOUT))
+        if recipes.dump(theirs) != recipes.dump(without(recipe, (*PLACE, *LAYOUT))):
             raise AnonfwError(
                 f"{folder} holds a run of another recipe (compare {folder / 'recipe.yaml'}); name another folder"
             )
         if (folder / "finished.json").exists():
             raise AnonfwError(f"the run in {folder} has finished; look at it with `python -m anonfw validate {folder}`")
     else:
-        folder = None if new else runs.find_unfinished(recipe.name, runs.fingerprint(text))
+        folder = None if new else runs.find_unfinished(recipe.name, mark)
         if folder is None:
             if recipe.get("resume") == "auto":
                 raise AnonfwError(f"resume=auto: no unfinished run of this recipe in {runs.ROOT / recipe.name}")
-            return runs.create(recipe.name, text), None
+            return runs.create(recipe.name, text, mark), None
     checkpoint = runs.newest(folder)
     print(f"continuing {folder} " + (f"from {checkpoint.name}" if checkpoint else "from its start"), flush=True)
     return folder, checkpoint
+
+
+def without(recipe: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The recipe without these dotted keys."""
+    kept = {key: value for key, value in recipe.items() if key not in keys}
+    for head in {key.partition(".")[0] for key in keys if "." in key} & kept.keys():
+        inside = [key.partition(".")[2] for key in keys if key.startswith(f"{head}.")]
+        if isinstance(kept[head], Mapping):
+            kept[head] = without(kept[head], inside)
+    return kept
 
 
 def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> None:
@@ -79,9 +95,11 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
 
     from anonfw.data.open import open_loader
     from anonfw.training import runs
-    from anonfw.training.load import build_system, start_from
+    from anonfw.training.fsdp import FSDP2
+    from anonfw.training.load import build_system, load_weights, start_from
+    from anonfw.training.precision import BFloat16Weights
     from anonfw.training.preemption import Preemption
-    from anonfw.training.ranks import is_first
+    from anonfw.training.ranks import is_first, launched_by
     from anonfw.training.storage import Storage
 
     started = time.time()
@@ -108,16 +126,24 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     node = dict(recipe["trainer"])
     if node.get("enable_progress_bar") is False:  # Lightning refuses a bar of the recipe's together with it
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    node.setdefault("inference_mode", False)  # sharded and compiled networks do not mix it with training
+    plugins = [*recipes.build(node.pop("plugins", [])), Storage()]
     if node.get("precision") is None:
         node["precision"] = best_precision()
+    elif node["precision"] == "bf16-true":
+        del node["precision"]
+        plugins.append(BFloat16Weights("cuda" if torch.cuda.is_available() else "cpu"))
     trainer: lightning.Trainer = recipes.build(
         node,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[*recipes.build(node.pop("plugins", [])), Storage()],
+        plugins=[*recipes.build(node.pop("plugins", [])), Storage(), *filter(None, [launched_by()])],
         default_root_dir=folder,
         enable_model_summary=False,
     )
+    sharded = isinstance(trainer.strategy, FSDP2)
+    if sharded and "validate" in loaders:
+        trainer.limit_val_batches = shared_batches(recipe, trainer)
     try:
         trainer.fit(
             system,
@@ -140,11 +166,34 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     if not trainer.is_global_zero:
         return
     if recipe.get("evaluate") is not None:
+        if sharded:
+            system = build_system(recipe)
+            load_weights(system, folder / "model.safetensors")
         report(system.to(trainer.strategy.root_device), recipe, folder, started)  # Lightning leaves it on the CPU
     runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size)
     for logger in loggers:
         if hasattr(logger, "conclude"):
             logger.conclude()
+
+
+def shared_batches(recipe: Mapping[str, Any], trainer: Any) -> int | float:
+    """Batches of the validation that every rank has: a rank that gathers parameters alone would wait for ever.
+
+    Raises:
+        AnonfwError: some rank has none.
+    """
+    from anonfw.data.open import open_loader
+
+    loader = open_loader(recipe, "validate", rank=trainer.world_size - 1, world=trainer.world_size)
+    count = len(loader)
+    loader.close()
+    if not count:
+        raise AnonfwError(
+            f"the validation split has fewer samples than there are ranks ({trainer.world_size}), and with sharding each "
+            "rank needs one: use fewer ranks, or data.validate=null"
+        )
+    limit = trainer.limit_val_batches
+    return min(count, limit if isinstance(limit, int) else int(limit * count))
 
 
 def built(nodes: Mapping[str, Any] | None, folder: Path) -> list:

@@ -27,11 +27,11 @@ def decided_once(decide: Callable[[], Any], patience: timedelta = PATIENCE) -> A
         SystemExit: on the other ranks, with exit code 2, where `decide` raised on rank 0, which says why.
     """
     import torch.distributed
-    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.pytorch.plugins.environments import LightningEnvironment
 
-    kinds = [kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
-    cluster = kinds[0]() if kinds else LightningEnvironment()
-    if not kinds:
+    cluster = launched_by()
+    if cluster is None:
+        cluster = LightningEnvironment()
         first = cluster.local_rank() == 0 and cluster.node_rank() == 0
         if not first and INHERITED in os.environ:
             return json.loads(os.environ[INHERITED])
@@ -61,6 +61,18 @@ def decided_once(decide: Callable[[], Any], patience: timedelta = PATIENCE) -> A
     if "value" not in answer:
         raise SystemExit(2)
     return answer["value"]
+
+
+def launched_by() -> Any | None:
+    """Lightning's plugin for torchrun or srun, whichever started this process; None where Lightning starts the others.
+
+    Lightning would take SIGUSR1 under srun and save inside the handler: training/preemption.py does that instead.
+    """
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
 
 
 def _publish(store: Any, place: str, world: int, decide: Callable[[], Any]) -> Any:
