@@ -29,10 +29,19 @@ def fingerprint(recipe_yaml: str) -> str:
 
 def find_unfinished(name: str, mark: str, root: Path = ROOT) -> Path | None:
     """The newest folder of that recipe and fingerprint which has not finished; None if there is none."""
+    return _newest_of(name, mark, root, finished=False)
+
+
+def find_finished(name: str, mark: str, root: Path = ROOT) -> Path | None:
+    """The newest folder of that recipe and fingerprint which has finished; None if there is none."""
+    return _newest_of(name, mark, root, finished=True)
+
+
+def _newest_of(name: str, mark: str, root: Path, finished: bool) -> Path | None:
     found = []
     for info in (root / name).glob("*/run.json"):
         record = json.loads(info.read_text())
-        if record["fingerprint"] == mark and not (info.parent / "finished.json").exists():
+        if record["fingerprint"] == mark and (info.parent / "finished.json").exists() == finished:
             found.append((record["started"], info.parent))
     return max(found)[1] if found else None
 
@@ -69,8 +78,8 @@ def step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def create(name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None) -> Path:
-    """A new run folder; the time in its name is UTC, and a number follows where two runs start in one second.
+def create(name: str, recipe_yaml: str, mark: str, root: Path = ROOT, folder: Path | None = None) -> Path:
+    """A new run folder with the recipe and its `fingerprint` (`mark`), which equal runs share; the time in its name is UTC, and a number follows where two runs start in one second.
 
     Raises:
         AnonfwError: `folder` was given and holds something else already.
@@ -99,7 +108,7 @@ def create(name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None =
         "command": ["python", "-m", "anonfw", *sys.argv[1:]],
         "commit": commit(),
         "anonfw": __version__,
-        "fingerprint": fingerprint(recipe_yaml),
+        "fingerprint": mark,
     }
     write_json(folder / "run.json", record)
     return folder
