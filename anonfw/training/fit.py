@@ -56,7 +56,7 @@ def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | No
     if recipe.get("run"):
         folder = Path(recipe["run"])
         if not (folder / "run.json").exists():
-            return runs.create(recipe.name, text, mark, folder=folder), None
+            return runs.create(recipe.name, text, folder=folder, mark=mark), None
         if new:
             raise AnonfwError(f"--new, but {folder} holds a run already; name another folder")
         theirs = without(recipes.load(folder / "recipe.yaml"), (*PLACE, *LAYOUT))
@@ -71,7 +71,7 @@ def open_run(recipe: recipes.Recipe, new: bool = False) -> tuple[Path, Path | No
         if folder is None:
             if recipe.get("resume") == "auto":
                 raise AnonfwError(f"resume=auto: no unfinished run of this recipe in {runs.ROOT / recipe.name}")
-            return runs.create(recipe.name, text, mark), None
+            return runs.create(recipe.name, text, mark=mark), None
     checkpoint = runs.newest(folder)
     print(f"continuing {folder} " + (f"from {checkpoint.name}" if checkpoint else "from its start"), flush=True)
     return folder, checkpoint
@@ -189,8 +189,8 @@ def shared_batches(recipe: Mapping[str, Any], trainer: Any) -> int | float:
     loader.close()
     if not count:
         raise AnonfwError(
-            f"the validation split has fewer samples than there are ranks ({trainer.world_size}), and with sharding each "
-            "rank needs one: use fewer ranks, or data.validate=null"
+            f"with sharding each of the {trainer.world_size} ranks needs a sample of the validation split, and it has "
+            "fewer: use fewer ranks, or data.validate=null"
         )
     limit = trainer.limit_val_batches
     return min(count, limit if isinstance(limit, int) else int(limit * count))

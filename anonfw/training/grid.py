@@ -33,7 +33,8 @@ class SampleGrid(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        together = hasattr(trainer.strategy, "shard")  # each rank holds a part of the network: all of them draw
+        if batch_idx or trainer.sanity_checking or not (trainer.is_global_zero or together):
             return
         self.validations += 1
         if self.validations % self.every:
@@ -41,11 +42,16 @@ class SampleGrid(lightning.Callback):
         from anonfw.evaluate.evaluation import first_of_each_person
         from anonfw.evaluate.grid import sample_grid
 
-        people = batch.to("cpu").select(first_of_each_person(batch.to("cpu"), self.rows)).to(pl_module.device)
+        people = batch.to("cpu").select(first_of_each_person(batch.to("cpu"), self.rows))
+        if together:
+            people = trainer.strategy.broadcast(people)
+        drawn = sample_grid(pl_module, people)
+        if not trainer.is_global_zero:
+            return
         self.folder.mkdir(exist_ok=True)
         picture = self.folder / f"step-{trainer.global_step:07d}.png"
         with atomic(picture) as file:
-            file.write(sample_grid(pl_module, people))
+            file.write(drawn)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("grid", [str(picture)], step=trainer.global_step)

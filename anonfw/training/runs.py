@@ -78,8 +78,13 @@ def step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def create(name: str, recipe_yaml: str, mark: str, root: Path = ROOT, folder: Path | None = None) -> Path:
-    """A new run folder with the recipe and its `fingerprint` (`mark`), which equal runs share; the time in its name is UTC, and a number follows where two runs start in one second.
+def create(
+    name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None, mark: str | None = None
+) -> Path:
+    """A new run folder; the time in its name is UTC, and a number follows where two runs start in one second.
+
+    Args:
+        mark: what runs that are equal have in common; None for the fingerprint of the recipe.
 
     Raises:
         AnonfwError: `folder` was given and holds something else already.
@@ -108,7 +113,7 @@ def create(name: str, recipe_yaml: str, mark: str, root: Path = ROOT, folder: Pa
         "command": ["python", "-m", "anonfw", *sys.argv[1:]],
         "commit": commit(),
         "anonfw": __version__,
-        "fingerprint": mark,
+        "fingerprint": mark or fingerprint(recipe_yaml),
     }
     write_json(folder / "run.json", record)
     return folder
