@@ -127,7 +127,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     if node.get("enable_progress_bar") is False:  # Lightning refuses a bar of the recipe's together with it
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     node.setdefault("inference_mode", False)  # sharded and compiled networks do not mix it with training
-    plugins = [*recipes.build(node.pop("plugins", [])), Storage()]
+    plugins = [*recipes.build(node.pop("plugins", [])), Storage(), *filter(None, [launched_by()])]
     if node.get("precision") is None:
         node["precision"] = best_precision()
     elif node["precision"] == "bf16-true":
@@ -137,7 +137,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
         node,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[*recipes.build(node.pop("plugins", [])), Storage(), *filter(None, [launched_by()])],
+        plugins=plugins,
         default_root_dir=folder,
         enable_model_summary=False,
     )
