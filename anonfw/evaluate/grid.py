@@ -52,7 +52,7 @@ def contact_sheet(columns: Mapping[str, Tensor], zoom: int = 2, rows: list[str] 
     return stream.getvalue()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded network that is training keeps what it gathers here
 def sample_grid(system: Any, batch: FaceBatch, draws: int = 3, zoom: int = 2) -> bytes:
     """The PNG of a system's samples: one row a photo; original, self-reconstruction, `draws` anonymizations.
 
