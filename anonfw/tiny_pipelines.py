@@ -10,7 +10,9 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -85,16 +87,25 @@ def tokenizer(words: str = WORDS, pad: str = END, length: int = 77):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())  # one printable character for each byte
-    pieces, merges = [*letters, *(letter + "</w>" for letter in letters)], {}
-    for word in words.split():
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # from the left: p h o t o</w> -> ph o t o</w> -> ... -> photo</w>
-            merges[parts[0], parts[1]] = None
-            parts = [parts[0] + parts[1], *parts[2:]]
-            pieces.append(parts[0])
+    merges = byte_pairs(words.split())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     # The end has the largest number: CLIP finds it that way.
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, START, END]))}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), pad_token=pad, model_max_length=length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=length)
+
+
+def byte_pairs(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding learned until each of `words` is one piece: the pairs in the order in which they merge."""
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for parts in split for pair in pairwise(parts)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for parts in split:
+            for i in range(len(parts) - 2, -1, -1):
+                if tuple(parts[i : i + 2]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+    return merges
 
 
 def text_encoder(vocabulary: int, width: int, projection: int | None = None, act: str = "quick_gelu"):

@@ -283,10 +283,12 @@ class Parts:
             raise AnonfwError(f"{self.folder}/model_index.json: the installed {library} has no {kind} ({name})")
         if not (self.folder / name).is_dir():
             raise AnonfwError(f"{self.folder} lacks its {name} ({library}.{kind}): copy that folder of the pipeline")
+        from safetensors import SafetensorError
+
         try:
             with _no_bars():
                 yield found
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise AnonfwError(f"cannot open {self.folder / name} ({library}.{kind}): {reason}") from error
 
