@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,6 @@ from synthetic_studio import DIRECTIONS, JPEG_QUALITY, RECOGNISERS, SIZE, Photo,
 from anonfw.data.writer import DatasetWriter, Sample
 from anonfw.errors import AnonfwError
 
-NAME = "people"
-FEWEST_MISSING = 1  # a person with one photo fewer than asked for is kept
 CHUNK = 32  # candidates that are compared with the people before them at once; fixed, so that workers change nothing
 PERIOD = 75
 TEST, VAL = frozenset((4, 12, 20, 29, 37, 45, 54, 62, 66, 70)), frozenset((16, 41))
@@ -44,6 +43,31 @@ def split_of(number: int) -> str:
     """Split of the person with that number: of every 75 people 10 are test, 2 val and 63 train, from the start on."""
     place = number % PERIOD
     return "test" if place in TEST else "val" if place in VAL else "train"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A kind of data set: which pictures are taken of each person.
+
+    Attributes:
+        name: of the data set; its first letter begins the people's names.
+        take: the studio's method that takes the pictures.
+        missing: how many of them may be missing.
+        split: number of the person -> split.
+        source: for the card.
+        known: () -> vectors (2,512) of people whom nobody may resemble.
+    """
+
+    name: str
+    take: str
+    missing: int
+    split: Callable[[int], str]
+    source: str
+    known: Callable[[], list[np.ndarray]] = list
+
+
+SOURCE = "people who do not exist: MobileStyleGAN (FFHQ) by data/synthetic_people.py"
+PEOPLE = Series("people", "photos", 1, split_of, SOURCE)
 
 
 def start_worker(parent: int) -> None:
@@ -74,12 +98,12 @@ def base_job(work: Path, seed: int, number: int) -> Path:
     return file
 
 
-def photos_job(work: Path, seed: int, number: int, count: int) -> Path:
+def photos_job(work: Path, seed: int, number: int, count: int, take: str) -> Path:
     """Candidate `number`'s photos in a file (written once)."""
-    file = work / f"photos_{number:06d}_{count}.npz"
+    file = work / f"{take}_{number:06d}_{count}.npz"
     if not file.exists():
         style, (first,) = load_person(work / f"base_{number:06d}.npz")
-        save_person(file, style, _studio.photos(seed, number, first, style, count))
+        save_person(file, style, getattr(_studio, take)(seed, number, first, style, count))
     return file
 
 
@@ -110,13 +134,20 @@ def load_person(file: Path) -> tuple[np.ndarray, list[Photo]]:
 
 
 def people(
-    pool: ProcessPoolExecutor, work: Path, seed: int, count: int, wanted: int, progress: Callable[[int, int], None]
+    pool: ProcessPoolExecutor,
+    work: Path,
+    seed: int,
+    count: int,
+    wanted: int,
+    progress: Callable[[int, int], None],
+    series: Series = PEOPLE,
 ) -> Iterator[list[Photo]]:
     """Photos of `wanted` distinct people, one person after the other, in an order that the seed alone decides.
 
     `progress` is called with the candidates tried and the people found.
     """
-    centres: list[np.ndarray] = []
+    centres = series.known()
+    found = 0
     fixed = itertools.repeat(work), itertools.repeat(seed)
     for start in itertools.count(0, CHUNK):
         numbers = range(start, start + CHUNK)
@@ -126,14 +157,16 @@ def people(
             if photos and not collides(photos[0].vectors, promising):
                 promising.append(photos[0].vectors)
                 taken.append(number)
-        for number, file in zip(taken, pool.map(photos_job, *fixed, taken, itertools.repeat(count)), strict=True):
+        jobs = pool.map(photos_job, *fixed, taken, itertools.repeat(count), itertools.repeat(series.take))
+        for number, file in zip(taken, jobs, strict=True):
             _, photos = load_person(file)
-            if len(photos) >= count - FEWEST_MISSING and not collides(centre(photos), centres):
+            if len(photos) >= count - series.missing and not collides(centre(photos), centres):
                 centres.append(centre(photos))
+                found += 1
                 yield photos
-                if len(centres) == wanted:
+                if found == wanted:
                     return
-            progress(number + 1, len(centres))
+            progress(number + 1, found)
 
 
 def check_work(work: Path, seed: int) -> None:
@@ -156,7 +189,7 @@ def check_work(work: Path, seed: int) -> None:
         raise AnonfwError(f"{work} holds people of another seed or version. Delete it, or choose another --work.")
 
 
-def write(args: argparse.Namespace) -> None:
+def write(args: argparse.Namespace, series: Series = PEOPLE) -> None:
     """Make the data set, or continue it."""
     import multiprocessing
 
@@ -166,10 +199,10 @@ def write(args: argparse.Namespace) -> None:
     check_work(work, args.seed)
     writer = DatasetWriter(
         args.out,
-        name=NAME,
+        name=series.name,
         image_size=SIZE,
         alignment="portrait",
-        source="people who do not exist: MobileStyleGAN (FFHQ) by data/synthetic_people.py",
+        source=series.source,
         licence="generator Apache-2.0, trained on FFHQ (CC BY-NC-SA 4.0): non-commercial",
         shard_samples=args.shard_samples,
         sidecars={name: weight(name).sha256 for name in RECOGNISERS},
@@ -190,17 +223,18 @@ def write(args: argparse.Namespace) -> None:
 
     context = multiprocessing.get_context("spawn")  # OpenVINO's and torch's threads do not survive a fork
     with writer, ProcessPoolExecutor(args.workers, context, start_worker, (os.getpid(),)) as pool:
-        for number, photos in enumerate(people(pool, work, args.seed, args.photos, args.people, progress)):
-            name = f"p{number:05d}"
+        for number, photos in enumerate(people(pool, work, args.seed, args.photos, args.people, progress, series)):
+            name = f"{series.name[0]}{number:05d}"
             if not writer.done(name):
-                writer.add_identity(split_of(number), name, list(samples(name, photos)))
+                writer.add_identity(series.split(number), name, list(samples(name, photos)))
     print(f"{args.people} people in {args.out}, {time.monotonic() - began:.0f} s. {work} may be deleted.")
 
 
 def samples(name: str, photos: list[Photo]) -> Iterator[Sample]:
+    digits = len(str(len(photos) - 1))
     for i, photo in enumerate(photos):
         vectors = dict(zip(RECOGNISERS, photo.vectors, strict=True))
-        yield Sample(f"{name}_{i}", photo.jpeg, photo.landmarks, photo.factors, vectors)
+        yield Sample(f"{name}_{i:0{digits}d}", photo.jpeg, photo.landmarks, photo.factors, vectors)
 
 
 def positive(text: str) -> int:
@@ -210,34 +244,48 @@ def positive(text: str) -> int:
     return value
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Make photographs of people who do not exist, as a data set of data/SCHEMA.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out", type=Path, help="folder of the data set; the same command again continues it")
-    parser.add_argument("--people", type=positive, default=940, help="a larger number later adds people")
-    parser.add_argument("--photos", type=positive, default=6, help="of each person; one fewer is accepted")
-    parser.add_argument("--seed", type=int, default=1, help="of the people")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--shard-samples", type=positive, default=1024, help="a shard is closed at this many samples")
-    parser.add_argument("--work", type=Path, help="where finished people are kept (OUT/.work if not given)")
-    parser.add_argument("--report", action="store_true", help="only print the quality of the set at OUT")
-    parser.add_argument("--picture", type=Path, help="with --report: also write a contact sheet, rows = people")
-    args = parser.parse_args()
-    try:
-        if args.report:
-            import synthetic_report
+def parser(description: str, people: tuple[str, int, str], photos: tuple[str, int, str]) -> argparse.ArgumentParser:
+    """The arguments of the scripts that make people. `people` and `photos`: option, default and help of the counts."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("out", type=Path, help="folder of the data set; the same command again continues it")
+    for dest, (option, default, words) in (("people", people), ("photos", photos)):
+        made.add_argument(option, dest=dest, metavar="N", type=positive, default=default, help=words)
+    made.add_argument("--seed", type=int, default=1, help="of the people")
+    made.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    made.add_argument("--shard-samples", type=positive, default=1024, help="a shard is closed at this many samples")
+    made.add_argument("--work", type=Path, help="where finished people are kept (OUT/.work if not given)")
+    return made
 
-            print(synthetic_report.report(args.out))
-            if args.picture:
-                synthetic_report.contact_sheet(args.out, args.picture)
-        else:
-            write(args)
+
+def ended(program: str, work: Callable[[], None]) -> int:
+    """Exit code of a script that does this work; what is wrong is told in one line."""
+    try:
+        work()
     except AnonfwError as error:
-        print(f"synthetic_people: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the report, and write the picture where asked."""
+    import synthetic_report
+
+    print(synthetic_report.report(args.out))
+    if args.picture:
+        synthetic_report.contact_sheet(args.out, args.picture)
+
+
+def main() -> int:
+    made = parser(
+        "Make photographs of people who do not exist, as a data set of data/SCHEMA.md.",
+        ("--people", 940, "a larger number later adds people"),
+        ("--photos", 6, "of each person; one fewer is accepted"),
+    )
+    made.add_argument("--report", action="store_true", help="only print the quality of the set at OUT")
+    made.add_argument("--picture", type=Path, help="with --report: also write a contact sheet, rows = people")
+    args = made.parse_args()
+    return ended("synthetic_people", lambda: show(args) if args.report else write(args))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ TRUNCATION, OTHER_TRUNCATION = (0.7, 0.95), 0.75  # of people, and of whom the f
 # Levels from 128 px on carry light and colours: somebody else's cost a cosine of .1, with the level below .3.
 FINE, MIDDLE = (5, 6, 7), 4
 FINE_SHARE, MIDDLE_SHARE = (0.6, 1.0), (0.0, 0.35)
+SWING, CYCLES = (0.5, 1.2), (0.5, 1.5)  # of a clip: amplitude in spreads, and how often a factor goes to and fro
 EXTRA_PHOTOS = 2  # tried beyond those asked for before a person is given up
 
 
@@ -147,15 +148,20 @@ class Studio:
             style = style - np.clip(self.predict(name, style), -1.5, 1.5) * self.direction(name)
         return style, self.photograph(np.repeat(style[None], LAYERS, axis=0))
 
+    def moved(self, style: np.ndarray, amounts: dict[str, float]) -> np.ndarray:
+        """(8,512): a (512,) style after moves along the directions, in standard deviations, `LONGEST_MOVE` at most."""
+        length = np.sqrt(sum(amount**2 for amount in amounts.values()))
+        shrink = min(1.0, LONGEST_MOVE / max(length, 1e-9))
+        moved = np.repeat(style[None], LAYERS, axis=0)
+        for name, amount in amounts.items():
+            moved[list(MOVED[name])] += shrink * amount * self.direction(name)
+        return moved
+
     def moment(self, style: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(8,512) style of another moment of the person."""
         amounts = {name: rng.normal(0, spread) for name, spread in SPREAD.items()}
         amounts["mouth_open"] = abs(amounts["mouth_open"])
-        length = np.sqrt(sum(amount**2 for amount in amounts.values()))
-        shrink = min(1.0, LONGEST_MOVE / length)
-        moved = np.repeat(style[None], LAYERS, axis=0)
-        for name, amount in amounts.items():
-            moved[list(MOVED[name])] += shrink * amount * self.direction(name)
+        moved = self.moved(style, amounts)
         mean = self.fitted["mean"]
         other = mean + OTHER_TRUNCATION * (self.generator.style(rng) - mean)
         moved[list(FINE)] += rng.uniform(*FINE_SHARE) * (other - moved[list(FINE)])
@@ -177,6 +183,26 @@ class Studio:
                 break
             photos.pop(int(near.argmin()))
         return photos
+
+    def clip(self, seed: int, number: int, first: Photo, style: np.ndarray, count: int) -> list[Photo]:
+        """The frames of one shot: head and face move smoothly, light and background stay. [] where a frame fails."""
+        frames = []
+        for amounts in motion(np.random.default_rng([seed, number, 1]), count):
+            photo = self.photograph(self.moved(style, amounts))
+            if photo is None or (cosines(photo.vectors, first.vectors) < SAME_AS_BASE).any():
+                return []
+            frames.append(photo)
+        return frames
+
+
+def motion(rng: np.random.Generator, count: int) -> list[dict[str, float]]:
+    """`count` steps of smooth to and fro along every direction, each with its own amplitude, pace and phase."""
+    paths = {}
+    for name, spread in SPREAD.items():
+        swing, cycles, phase = spread * rng.uniform(*SWING), rng.uniform(*CYCLES), rng.uniform(0, 2 * np.pi)
+        wave = np.sin(2 * np.pi * cycles * np.arange(count) / count + phase)
+        paths[name] = swing * ((1 + wave) / 2 if name == "mouth_open" else wave)
+    return [{name: float(path[step]) for name, path in paths.items()} for step in range(count)]
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

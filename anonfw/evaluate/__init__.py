@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anonfw.evaluate.drift import DriftEvaluation
     from anonfw.evaluate.evaluation import Evaluation, evaluate_system
     from anonfw.evaluate.grid import contact_sheet, sample_grid
     from anonfw.evaluate.intervals import Estimate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from anonfw.evaluate.scorers import JudgeError, Scorers
 
 _HOME = {
+    "DriftEvaluation": "drift",
     "Estimate": "intervals",
     "Evaluation": "evaluation",
     "JudgeError": "scorers",
@@ -29,6 +31,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DriftEvaluation",
     "Estimate",
     "Evaluation",
     "JudgeError",

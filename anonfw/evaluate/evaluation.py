@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anonfw import weights as weights_table
 from anonfw.batch import FaceBatch
 from anonfw.data.files import atomic
 from anonfw.data.open import open_loader
@@ -21,7 +20,7 @@ from anonfw.evaluate import protocols
 from anonfw.evaluate.references import NAMES, build_references
 from anonfw.evaluate.report import Report, Table
 from anonfw.evaluate.rows import distance_outside, identity_measures, utility_measures
-from anonfw.evaluate.scorers import EXPRESSION, Measured, Scorers, SessionRecognizer, refuse_own_judge
+from anonfw.evaluate.scorers import EXPRESSION, Measured, Scorers, open_judge, refuse_own_judge
 
 Anonymize = Callable[[FaceBatch, int], Tensor]
 
@@ -206,14 +205,9 @@ class Evaluation:
     def _scorers(self, device: str | torch.device) -> Scorers:
         from anonfw.attributes import Attributes
         from anonfw.detect import Detector
-        from anonfw.identity import open_recognizer
 
-        judge = self.judge
-        if isinstance(judge, str):
-            fast = torch.device(device).type == "cpu" and weights_table.weight(judge).file.endswith(".onnx")
-            judge = SessionRecognizer(judge) if fast else open_recognizer(judge)
         return Scorers(
-            judge,
+            open_judge(self.judge, device),
             self.detector or Detector(),
             self.attributes or Attributes(),
             self.alignment,
