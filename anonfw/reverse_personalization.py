@@ -114,7 +114,8 @@ class ReversePersonalization:
 
     Args:
         mode: `reverse`, `nullface` or `faceid`.
-        guidance: w. Further from 0: further from the person, and a worse picture.
+        guidance: w. Further from 0: further from the person, and a worse picture. Of the other sign it would lead
+            towards the person, which is refused.
         steps: of the sampler; inverting takes as many again. skip: share of the noise range that is left out.
         identity_scale: factor of e.
         zero_text: the unconditional branch without a prompt reads all-zero text states where the conditional one reads
@@ -123,7 +124,7 @@ class ReversePersonalization:
         mask_delay: steps before the mask has an effect.
         last_noise: of `inversion.invert`. age, sex, race, text: of `attribute_prompt`.
     Raises:
-        AnonfwError: unknown mode or attribute, or a number out of its range.
+        AnonfwError: unknown mode or attribute, a number out of its range, or guidance towards the person.
     """
 
     mode: Mode = "reverse"
@@ -150,6 +151,11 @@ class ReversePersonalization:
                 f"steps {self.steps}, skip {self.skip}, mask_delay {self.mask_delay}: "
                 "at least 1 step, skip from 0 to below 1, no negative delay"
             )
+        if self.mode != "faceid" and self.guidance * DEFAULTS[self.mode].guidance < 0:
+            raise AnonfwError(
+                f"guidance {self.guidance} leads towards the person in mode {self.mode}: "
+                f"give a number {'up to' if self.mode == 'reverse' else 'from'} 0"
+            )
         self.prompt = attribute_prompt(self.age, self.sex, self.race, self.text)
 
     @torch.no_grad()
@@ -173,8 +179,15 @@ class ReversePersonalization:
             mask: (N,1,H,W) or (1,1,H,W) in [0,1]; outside, eps_u alone is followed. Pixels outside are not yet the
                 photograph's: paste them after decoding.
             prompts: one a face, in place of the composed one.
+        Raises:
+            AnonfwError: a face without an identity (zeros or not finite): it would come back as it is.
         """
         n = len(x_0)
+        if nobody := (~(embedding.norm(dim=-1) > 0) | ~embedding.isfinite().all(-1)).nonzero().flatten().tolist():
+            raise AnonfwError(
+                f"no identity was found in face {', '.join(map(str, nobody))} of {n} (its embedding is zero or not "
+                "finite): nothing to lead away from, so it would not be anonymized. Leave it out, or embed it again"
+            )
         asked = list(prompts) if prompts is not None else [self.prompt] * n if self.prompt else None
         empty = encode([""] * n)
         absent = encode(None) if self.zero_text else empty
@@ -187,12 +200,12 @@ class ReversePersonalization:
         if self.mode == "faceid":
             guided = self.guided(predict, *branches)
             return diffusion.sample(schedule, guided, noise_of(tuple(x_0.shape[1:])), self.steps, "ddim")
-        trajectory = self.invert(schedule, predict, x_0, null, empty, absent, noise_of)
+        trajectory = self.inverted(schedule, predict, x_0, null, empty, absent, noise_of)
         region = None if mask is None else latent_mask(mask, x_0)
         mask_from = trajectory.times[min(self.mask_delay, self.steps)]
         return replay(schedule, self.guided(predict, *branches, region, mask_from), trajectory)
 
-    def invert(
+    def inverted(
         self, schedule, predict: ConditionalPredict, x_0: Tensor, null: Tensor, empty: Any, absent: Any, noise_of
     ) -> Trajectory:
         """The photograph as a start and noise maps under nobody's identity.

@@ -91,8 +91,8 @@ def image_and_draws(n: int, steps: int, dtype: torch.dtype, side: int = 8, seed:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", BACKBONES)
-@settings(max_examples=5)
-@given(skip=st.floats(0, 0.9), steps=st.integers(1, 12), seed=st.integers(0, 2**20))
+@settings(max_examples=4)
+@given(skip=st.floats(0, 0.9), steps=st.integers(1, 6), seed=st.integers(0, 2**20))
 def test_the_same_conditions_give_the_image_back(kind, solver, dtype, skip, steps, seed):
     schedule, predict = released_schedule(), conditioned(kind, dtype)
     x_0, draws = image_and_draws(2, steps, dtype, seed=seed)
@@ -105,8 +105,8 @@ def test_the_same_conditions_give_the_image_back(kind, solver, dtype, skip, step
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_prediction_type_is_inverted(solver, prediction):
     schedule, predict = released_schedule(prediction), conditioned("sd15", torch.float64)
-    x_0, draws = image_and_draws(2, 6, torch.float64)
-    trajectory = invert(schedule, predict, x_0, draws, inversion_times(schedule, 6, 0.5), solver)
+    x_0, draws = image_and_draws(2, 3, torch.float64)
+    trajectory = invert(schedule, predict, x_0, draws, inversion_times(schedule, 3, 0.5), solver)
     torch.testing.assert_close(replay(schedule, predict, trajectory), x_0, rtol=0, atol=1e-12)
 
 
@@ -116,8 +116,8 @@ def test_a_network_of_sdxls_shape_is_inverted(solver):
     schedule, predict = released_schedule(), conditioned("sdxl", torch.float32, "shaped")
     unet, _ = backbone("sdxl", "shaped")
     assert sum(".attn2." in name for name in unet.attn_processors) == 70
-    x_0, draws = image_and_draws(1, 6, torch.float32, side=16)
-    trajectory = invert(schedule, predict, x_0, draws, inversion_times(schedule, 6, 0.7), solver)
+    x_0, draws = image_and_draws(1, 4, torch.float32, side=16)
+    trajectory = invert(schedule, predict, x_0, draws, inversion_times(schedule, 4, 0.7), solver)
     error = (replay(schedule, predict, trajectory) - x_0).abs().max().item()
     print(f"\n{solver}: largest inversion error {error:.1e} on values up to {x_0.abs().max():.1f}")
     assert error <= 1e-5
