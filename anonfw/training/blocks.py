@@ -38,7 +38,8 @@ def demand_blocks(module: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
     """
     found = find_blocks(module, classes)
     if not found:
-        there = ", ".join(sorted({type(part).__name__ for part in module.modules() if any(part.parameters(False))}))
+        kinds = {type(part).__name__ for part in module.modules() if next(part.parameters(False), None) is not None}
+        there = ", ".join(sorted(kinds))
         raise ValueError(f"no module is a {' or '.join(classes)}; name other classes, of {there}")
     return found
 
