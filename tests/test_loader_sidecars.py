@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anonfw.data import order
-from anonfw.data.card import DataError
+from anonfw.data.card import Card, DataError, Shard
+from anonfw.data.embeddings import save_sidecar
+from anonfw.data.files import sha256_of
 from anonfw.data.loader import FaceLoader
 
 
@@ -131,3 +134,18 @@ def test_one_photo_a_person(tmp_path):
     folder = tiny.write(tmp_path / "tiny", 9, 2, 1, 8)
     with pytest.raises(DataError, match="0 people with two photos or more.*Each person has one photo.*triplets"):
         loader(folder, tmp_path, decode=False)
+
+
+def test_an_empty_split(tmp_path):
+    folder = tiny.write(tmp_path / "tiny", 6, 2, 4, 8)
+    tar = folder / "tiny-nobody-000000.tar"
+    tarfile.open(tar, "w").close()
+    card = Card.load(folder)
+    card.shards.append(Shard(tar.name, "nobody", 0, 0, tar.stat().st_size, sha256_of(tar)))
+    card.save(folder)
+    save_sidecar(folder, card.shards[-1], tiny.ENCODER, tiny.WEIGHTS, np.zeros((0, 8)))
+    for mode, complaint in (("images", "0 samples"), ("groups", "0 people with two photos or more")):
+        with pytest.raises(DataError, match=rf"tiny \(nobody\) has {complaint}: too few for batch_size=4"):
+            FaceLoader(folder, "nobody", 4, mode, [tiny.ENCODER], workers=0, decode=False, per_identity=2)
+    with pytest.raises(DataError, match="no split 'other'; it has train, val, nobody"):
+        FaceLoader(folder, "other", 4, workers=0)

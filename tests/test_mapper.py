@@ -20,7 +20,7 @@ from anonfw import recipe as recipes
 from anonfw.batch import FaceBatch
 from anonfw.errors import AnonfwError
 from anonfw.evaluate import verification
-from anonfw.evaluate.mapping import MappingEvaluation, majority, other_photos
+from anonfw.evaluate.mapping import MappingEvaluation, collect, majority, other_photos
 from anonfw.identity.bank import IdentityBank
 from anonfw.nets.mapper import Ensemble, Mapper
 from anonfw.system import System
@@ -445,3 +445,8 @@ def test_the_mapper_is_another_space_after_each_training_step(run):
         system.mapper.layers[1].running_mean[0] += 1e-3
     assert system.embedding_name() != name
     assert system.recognizer_names() == {"arcface_mbf", "edgeface_s"}
+
+
+def test_a_split_without_a_usable_photo():
+    with pytest.raises(AnonfwError, match="no photo of this split can be used"):
+        collect(None, [])
