@@ -10,6 +10,7 @@ import pytest
 import tiny_training as tiny
 from cluster import Cluster, wait_for
 
+from anonfw import wandb_files
 from anonfw.launch import slurm
 from anonfw.training import runs
 
@@ -109,25 +110,12 @@ def test_a_requeue_in_the_middle_of_an_epoch(undisturbed, jobs):
 
 def check_offline_wandb(folder: Path) -> None:
     """Both starts wrote the same W&B run, and together every step once."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    number = (folder / "wandb_id").read_text()
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2 and {path.stem for path in files} == {f"run-{number}"}
-    logged: dict[int, float] = {}
-    for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (content := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
-            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            if "train/loss" in items:
-                step = int(json.loads(items["trainer/global_step"]))
-                assert step not in logged, f"step {step} was logged twice"
-                logged[step] = json.loads(items["train/loss"])
-    assert logged == tiny.curve(folder)
+    files = wandb_files.find_files(folder)
+    assert len(files) == 2
+    (run,) = wandb_files.read_runs(files)
+    assert run.id == (folder / "wandb_id").read_text()
+    rows = [(row[wandb_files.STEP], row["train/loss"]) for row in run.rows if "train/loss" in row]
+    assert rows == list(tiny.curve(folder).items())
 
 
 def test_a_node_that_dies(undisturbed, jobs):
