@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,21 @@ class Card:
     def of_split(self, split: str) -> list[Shard]:
         """Shards of a split, by file name."""
         return sorted((shard for shard in self.shards if shard.split == split), key=lambda shard: shard.file)
+
+    def share(self, splits: Sequence[str] | None, rank: int = 0, world: int = 1) -> list[Shard]:
+        """The shards of those splits (None: of all) that one of `world` processes works on: every `world`-th.
+
+        Shared out whatever has been done: processes that start at different times see different remains.
+
+        Raises:
+            DataError: no such split.
+        """
+        unknown = set(splits or ()) - set(self.splits())
+        if unknown:
+            raise DataError(
+                f"{self.name} has no split {', '.join(sorted(unknown))}; it has {', '.join(self.splits())}."
+            )
+        return [shard for split in splits or self.splits() for shard in self.of_split(split)][rank::world]
 
     def save(self, folder: Path) -> None:
         value = {"schema": SCHEMA_VERSION, **asdict(self)}

@@ -26,10 +26,10 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: Path, value: object) -> None:
-    """Indented JSON with a final newline, atomically."""
+def write_json(path: Path, value: object, indent: int | None = 1) -> None:
+    """JSON with a final newline, atomically; indented, or with `indent` None on one line."""
     with atomic(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def json_lines(file: Path) -> list[dict[str, Any]]:

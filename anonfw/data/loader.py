@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,11 @@ class FaceLoader:
         batch_size: rows of one rank's batch.
         mode: images, pairs, groups or cross.
         sidecars: recognisers whose cached embeddings are joined; a mapping names the sha256 of the weights, too.
-        flip: probability that a picture is mirrored, with its landmarks, yaw and roll (not its embeddings).
+        captions: True gives each picture's caption (`embed --captions`).
+        latents: `{source: ..., size: ...}` gives the latents that `embed --latents SOURCE --size PX` made.
+        text: `{source: ...}` gives the captions as `embed --text SOURCE` encoded them.
+        flip: probability that a picture is mirrored, with its landmarks, yaw, roll, caption and latents (not its
+            embeddings).
         shuffle: training stream or fixed pass.
         seed: of order, partners and mirroring.
         workers: decoding processes; 0 decodes in this one.
@@ -57,8 +62,8 @@ class FaceLoader:
         bad_samples_file: JSON lines of what was dropped; None is `bad_samples.jsonl` where the command runs.
         cross, cross_split: the partners' data set and split (None: the same split name).
         per_identity: K of groups.
-        decode: False reads sidecars, labels and factors alone: no tar is opened, `workers` start none, and the images
-            are (B,3,0,0). Landmarks stay in pixels of the picture.
+        decode: False reads labels, factors and what is precomputed: no tar is opened, `workers` start none, and the
+            images are (B,3,0,0). Landmarks stay in pixels of the picture.
     Raises:
         DataError: the data cannot be used like this; raised here, or for what depends on the ranks by `len` and `iter`.
         ValueError: arguments that contradict each other.
@@ -85,6 +90,9 @@ class FaceLoader:
         cross_split: str | None = None,
         per_identity: int = 4,
         decode: bool = True,
+        captions: bool = False,
+        latents: Mapping[str, Any] | None = None,
+        text: Mapping[str, str] | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
@@ -96,17 +104,18 @@ class FaceLoader:
             raise ValueError(f"flip is a probability, not {flip}")
         if batch_size < 1 or (mode == "groups" and batch_size % per_identity):
             raise ValueError(f"batch_size {batch_size} must be positive, and in groups divisible by {per_identity=}")
-        if not decode and (flip or not sidecars):
+        if not decode and not latents and (flip or not sidecars):
             raise ValueError(
-                "decode=False takes embeddings from sidecars: name them, and flip=0, for they do not mirror"
+                "decode=False takes embeddings from sidecars, which do not mirror, or latents: name some, and without "
+                "latents flip=0"
             )
         names = dict(sidecars) if isinstance(sidecars, Mapping) else dict.fromkeys(sidecars)
         table = open_table(open_folder(dataset, split, names), split, limit_identities, limit_samples)
-        self._sides = [Side(table, names, decode)]
+        self._sides = [Side(table, names, decode, captions, latents, text)]
         if mode == "cross":
             other_split = cross_split or split
             other = open_table(open_folder(cross, other_split, names), other_split)
-            self._sides.append(Side(other, names, decode))
+            self._sides.append(Side(other, names, decode, captions, latents, text))
         elif mode == "pairs":
             self._sides.append(self._sides[0])
         self.table, self.mode, self.batch_size, self.shuffle, self.workers = table, mode, batch_size, shuffle, workers

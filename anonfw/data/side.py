@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ import torch
 from anonfw.batch import FaceBatch
 from anonfw.data import decode, index, ring
 from anonfw.data.bad import BadSample
+from anonfw.data.captions import Captions
 from anonfw.data.embeddings import Sidecar
+from anonfw.data.latents import Latents
 from anonfw.data.table import Table
+from anonfw.data.text_states import TextStates
 
 MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
 MIRRORED_FACTORS = ("yaw", "roll")  # change sign with the picture
@@ -23,10 +27,22 @@ class Side:
     Args:
         sidecars: recogniser name -> sha256 of its weights, or None.
         decode: False makes pictures of 0 pixels.
+        captions: read each picture's caption. latents, text: which precomputed ones (`Latents`, `TextStates`).
     """
 
-    def __init__(self, table: Table, sidecars: Mapping[str, str | None], decode: bool = True) -> None:
+    def __init__(
+        self,
+        table: Table,
+        sidecars: Mapping[str, str | None],
+        decode: bool = True,
+        captions: bool = False,
+        latents: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+    ) -> None:
         self.table = table
+        self.captions = Captions(table.folder, table.shards) if captions or text else None
+        self.latents = Latents(table.folder, table.shards, latents) if latents else None
+        self.text = TextStates(table.folder, table.shards, self.captions, text) if text else None
         self.sidecars = {name: Sidecar(table.folder, table.shards, name, sha256) for name, sha256 in sidecars.items()}
         self.size = table.card.image_size if decode else 0
         self.picture_bytes = 3 * self.size**2
@@ -53,6 +69,8 @@ class Side:
         missing = np.zeros(len(rows), bool)
         for sidecar in self.sidecars.values():
             missing |= sidecar.missing(self.table.shard[rows], self.table.row[rows])
+        if self.latents is not None:
+            missing |= self.latents.missing(self.table.shard[rows], self.table.row[rows])
         return missing
 
     def found_bad(self, rows: np.ndarray, status: np.ndarray) -> Iterator[BadSample]:
@@ -77,12 +95,13 @@ class Side:
         rows, mirrored = rows[good], mirrored[good]
         landmarks = self.table.landmarks[rows]
         turned = landmarks[mirrored][:, MIRRORED_LANDMARKS]
-        turned[..., 0] = self.size - 1 - turned[..., 0]
+        turned[..., 0] = self.table.card.image_size - 1 - turned[..., 0]
         landmarks[mirrored] = turned
         factors = {name: values[rows] for name, values in self.table.factors.items()}
         for name in MIRRORED_FACTORS:
             if name in factors:
                 factors[name][mirrored] *= -1
+        shard, row = self.table.shard[rows], self.table.row[rows]
         batch = FaceBatch(
             image=image,
             identity=torch.from_numpy(self.table.person[rows]),
@@ -90,9 +109,12 @@ class Side:
             key=[key.decode() for key in self.table.key[rows].tolist()],
             landmarks=torch.from_numpy(landmarks),
             factors={name: torch.from_numpy(values) for name, values in factors.items()},
-            embeddings={
-                name: torch.from_numpy(sidecar.rows(self.table.shard[rows], self.table.row[rows]))
-                for name, sidecar in self.sidecars.items()
+            embeddings={name: torch.from_numpy(sidecar.rows(shard, row)) for name, sidecar in self.sidecars.items()},
+            caption=self.captions.of(shard, row, mirrored) if self.captions else [],
+            latents=torch.from_numpy(self.latents.of(shard, row, mirrored)) if self.latents else None,
+            text={
+                part: torch.from_numpy(values)
+                for part, values in (self.text.of(shard, row, mirrored) if self.text else {}).items()
             },
         )
         return batch.pin_memory() if pinned else batch

@@ -57,14 +57,9 @@ def write_sidecars(
 
     folder = local_folder(dataset)
     card = Card.load(folder)
-    unknown = set(splits or ()) - set(card.splits())
-    if unknown:
-        raise DataError(f"{folder} has no split {', '.join(sorted(unknown))}; it has {', '.join(card.splits())}.")
-    shards = [shard for split in splits or card.splits() for shard in card.of_split(split)]
     if rank is None or world is None:
         rank, world = processes.place()
-    # Shared out before looking at what is there: processes that start at different times see different remains.
-    todo = [shard for shard in shards[rank::world] if not _valid(folder, shard, encoder)]
+    todo = [shard for shard in card.share(splits, rank, world) if not _valid(folder, shard, encoder)]
     device = device or processes.device()
     encoder = encoder.to(device)
     title = encoder.name if world == 1 else f"{encoder.name} {rank + 1}/{world}"
@@ -95,41 +90,31 @@ def _embed_shard(
 ) -> np.ndarray:
     import torch
 
-    from anonfw.data import decode
-    from anonfw.data.index import OK, open_index
+    from anonfw.data.pictures import pictures
     from anonfw.identity import embed_aligned
 
-    tar = folder / shard.file
-    index = open_index(tar, shard)
-    if index.sha256 != shard.sha256 or tar.stat().st_size != shard.bytes:
-        raise DataError(f"{tar} is not the shard that the card describes: it is damaged. Copy or write it again first.")
-    tars = decode.Tars([tar])
-    side = card.image_size
-    found = np.full((len(index), encoder.dim), np.nan, np.float32)
-    for start in range(0, len(index), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(index)))
-        jobs = np.zeros((len(rows), decode.JOB_WIDTH), np.int64)
-        jobs[:, decode.OFFSET] = index.offset[rows]
-        jobs[:, decode.SIZE] = np.where(index.fault[rows] == OK, index.size[rows], -1)
-        jobs[:, decode.SIDE] = side
-        jobs[:, decode.DESTINATION] = np.arange(len(rows)) * 3 * side * side
-        status, pixels = np.zeros(len(rows), np.uint8), np.zeros(len(rows) * 3 * side * side, np.uint8)
-        decode.decode(jobs, status, pixels, tars)
-        good = np.flatnonzero(status == decode.OK)
-        if len(good):
-            images = torch.from_numpy(pixels.reshape(-1, 3, side, side)[good]).to(device)
-            with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                vectors = embed_aligned(encoder, images.float().div(127.5).sub(1), card.alignment)
-            found[rows[good]] = vectors.float().cpu().numpy()
-            if not np.isfinite(found[rows[good]]).all():
-                raise DataError(f"{encoder.name} gave embeddings that are not finite for pictures of {tar}.")
-        advance(len(rows))
+    found = np.full((shard.samples, encoder.dim), np.nan, np.float32)
+    for rows, images in pictures(folder, card, shard, batch_size, advance):
+        images = images.to(device)
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            vectors = embed_aligned(encoder, images.float().div(127.5).sub(1), card.alignment)
+        found[rows] = vectors.float().cpu().numpy()
+        if not np.isfinite(found[rows]).all():
+            raise DataError(f"{encoder.name} gave embeddings that are not finite for pictures of {shard.file}.")
     return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder of a data set (data/SCHEMA.md), or 'embedded'")
-    parser.add_argument("--encoder", required=True, metavar="NAME", help="weights of a recogniser, such as arcface_mbf")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--encoder", metavar="NAME", help="weights of a recogniser, such as arcface_mbf")
+    what.add_argument("--captions", action="store_true", help="describe each picture by what is measured on it")
+    what.add_argument(
+        "--latents", metavar="SOURCE", help="an autoencoder: taesd, a base, a pipeline's folder or hub id"
+    )
+    what.add_argument("--text", metavar="SOURCE", help="encode the captions with a pipeline's text encoders")
+    parser.add_argument("--size", type=int, metavar="PX", help="with --latents: side that pictures are resized to")
+    parser.add_argument("--revision", help="with --latents and --text: commit of a hub id")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split (may be repeated)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures a forward pass (default 64)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU where there is one)")
@@ -139,6 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from anonfw.identity import open_recognizer
 
+    if args.encoder is None:
+        from anonfw.data import precompute
+
+        return precompute.run(args)
     folder = local_folder(args.dataset)
     Card.load(folder)  # before the weights are fetched
     encoder = open_recognizer(args.encoder)
