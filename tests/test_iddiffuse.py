@@ -316,7 +316,7 @@ def test_less_strength_is_another_person():
     from anonfw import recipe as recipes
     from anonfw.identity import embed_aligned, open_recognizer
 
-    shipped = build_system(recipes.read(RECIPE, ["system.steps=6"])).eval()
+    shipped = build_system(recipes.read(RECIPE, ["system.steps=6", "system.identity.demographics=null"])).eval()
     load_weights(shipped, "iddiffuse")
     loader = open_loader(recipes.read(RECIPE, []), "test", shuffle=False, batch_size=64, workers=0)
     drawn = next(iter(loader))
