@@ -21,7 +21,9 @@ NUMBER = struct.Struct("<i")
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    # Ctrl-C and what a cluster sends before a time limit reach every process of a run: the parent decides what ends.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.fileno()
     line = requests.readline()
     if not line:  # the parent is gone already

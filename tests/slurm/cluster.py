@@ -27,6 +27,8 @@ PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 NODES = ("n1", "n2")
 START_SECONDS = 60
+# How long a job may take on a machine that does ten other things; alone it takes a tenth of it.
+PATIENCE = 600
 PR_SET_PDEATHSIG = 1
 
 CONF = """\

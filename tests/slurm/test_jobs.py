@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import tiny_training as tiny
-from cluster import Cluster, wait_for
+from cluster import PATIENCE, wait_for
 
 from anonfw import wandb_files
 from anonfw.launch import slurm
 from anonfw.training import runs
 
-# How long anything may take on a machine that does ten other things; alone it takes a tenth of it.
-PATIENCE = 600
-TESTS = Path(__file__).resolve().parent
 HOLD = "callbacks.hold={_target_: faults.Hold, _partial_: true, batch: 3%s}"
-
-
-class Jobs:
-    """Submits tiny trainings. `folder`: the run folder of each name."""
-
-    def __init__(self, cluster: Cluster, faces: Path, place: Path) -> None:
-        self.cluster, self.faces, self.place = cluster, faces, place
-
-    def folder(self, name: str) -> Path:
-        return self.place / name
-
-    def submit(self, name: str, *more: str, shape: slurm.Shape | None = None) -> str:
-        """Submits what `python -m anonfw launch slurm` would; returns the job's number."""
-        own = [item for item in tiny.overrides(self.faces, *more) if not item.startswith("trainer.accelerator")]
-        job = slurm.training_job(
-            shape or slurm.Shape(nodes=2, cpus_per_task=1), str(tiny.RECIPE), [*own, f"run={self.folder(name)}"]
-        )
-        return slurm.submit(job)
-
-    def output(self, name: str) -> Path:
-        return next(self.place.glob(f"{name}.*.out"), self.place / f"{name}.out")
-
-    def wait_until_held(self, job: str, name: str) -> None:
-        """Until both ranks stand still (`faults.Hold`)."""
-        held = [Path(f"{self.folder(name)}.held-{rank}") for rank in (0, 1)]
-        self.cluster.wait(job, lambda *_: all(path.exists() for path in held), PATIENCE, lambda: self.output(name))
-
-    def wait(self, job: str, name: str, state: str, restarts: int = 0) -> None:
-        self.cluster.wait(
-            job, lambda now, again: now == state and again >= restarts, PATIENCE, lambda: self.output(name)
-        )
-
-
-@pytest.fixture(scope="module")
-def jobs(cluster, tiny_faces, tmp_path_factory):
-    """The environment of the cluster, for this process too, while the tests of this file run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(cluster.conf))
-        patch.setenv("PATH", cluster.environment()["PATH"])
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("WANDB_MODE", "offline")
-        patch.syspath_prepend(str(TESTS))
-        yield Jobs(cluster, tiny_faces, tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +103,8 @@ def test_a_time_limit(undisturbed, jobs):
     """SIGUSR1 five minutes before the limit: both ranks save at the same step, and the job requeues itself."""
     Path(f"{jobs.folder('warned')}.hold").touch()
     shape = slurm.Shape(nodes=2, cpus_per_task=1, time="600", lead=300)
-    job = jobs.submit("warned", HOLD % ", for_signal: true", "callbacks.checkpoint.every=100", shape=shape)
+    more = ["callbacks.checkpoint.every=100", "data.train.workers=1"]  # SLURM signals the loader's worker, too
+    job = jobs.submit("warned", HOLD % ", for_signal: true", *more, shape=shape)
     jobs.wait_until_held(job, "warned")
     # Now the limit comes near: SLURM looks at it twice a minute, and finds that less than the lead is left.
     minutes = jobs.cluster.run("squeue", "-h", "-j", job, "-o", "%M").strip().split(":")
