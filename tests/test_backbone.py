@@ -102,6 +102,7 @@ def test_text_is_encoded_as_the_pipeline_does(kind, folders, backbones):
     torch.testing.assert_close(backbones[kind].empty_text().states[0], ours.states[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guided_run_is_the_pipelines(kind, folders, backbones):
     """Text, time ids, U-Net and schedule together: the same latents as diffusers' pipeline after five steps."""
@@ -155,6 +156,7 @@ def test_everything_is_frozen_and_stays_in_eval_mode(backbones):
 # Memory and precision.
 
 
+@pytest.mark.slow
 def test_memory_arguments_change_no_output(folders, backbones):
     frugal = Backbone(str(folders["sdxl"]), checkpointing=True, slicing=True, offload=True)
     plain = backbones["sdxl"]
@@ -188,6 +190,7 @@ def test_half_precision_predicts_nearly_the_same_outside_any_autocast(folders, b
         Backbone(str(folders["sdxl"]), dtype="fp8")
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_overflows_in_fp16_is_run_in_fp32_with_a_warning(folders, tmp_path):
     """Weights as SDXL's: activations beyond 65504 inside, ordinary latents at the end."""
     from diffusers import AutoencoderKL
