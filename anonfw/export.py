@@ -168,9 +168,9 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
     from safetensors.torch import save
 
     from anonfw import __version__
-    from anonfw.data.files import sha256_of
     from anonfw.model_card import without_paths
     from anonfw.training.load import load_system, run_files
+    from anonfw.training.storage import digest
 
     folder, weights_file = run_files(run)
     system, recipe = load_system(run)
@@ -195,7 +195,7 @@ def read_source(run: Path, dtype: str, table: Path | None) -> Source:
         "interchange": {name: hashlib.sha256(file).hexdigest() for name, file in interchange.items()},
         "parameters": sum(p.numel() for p in system.parameters() if p.requires_grad),
         "dtype": dtype,
-        "from": {"file": weights_file.name, "sha256": sha256_of(weights_file)},
+        "from": {"file": weights_file.name, "sha256": digest(weights_file)},
         "steps": earlier.get("steps") or _steps(folder, weights_file, known.get("finished.json", {})),
         "ranks": earlier.get("ranks") or known.get("finished.json", {}).get("ranks"),
         "commit": earlier.get("commit") or begun.get("commit"),

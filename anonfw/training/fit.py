@@ -143,7 +143,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
     )
     sharded = isinstance(trainer.strategy, FSDP2)
     if sharded and "validate" in loaders:
-        trainer.limit_val_batches = shared_batches(recipe, trainer)
+        trainer.limit_val_batches = shared_batches(recipe, trainer, folder / "bad_samples.jsonl")
     try:
         trainer.fit(
             system,
@@ -176,7 +176,7 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
             logger.conclude()
 
 
-def shared_batches(recipe: Mapping[str, Any], trainer: Any) -> int | float:
+def shared_batches(recipe: Mapping[str, Any], trainer: Any, bad_samples: Path) -> int:
     """Batches of the validation that every rank has: a rank that gathers parameters alone would wait for ever.
 
     Raises:
@@ -184,12 +184,13 @@ def shared_batches(recipe: Mapping[str, Any], trainer: Any) -> int | float:
     """
     from anonfw.data.open import open_loader
 
-    loader = open_loader(recipe, "validate", rank=trainer.world_size - 1, world=trainer.world_size)
+    world = trainer.world_size
+    loader = open_loader(recipe, "validate", rank=world - 1, world=world, bad_samples_file=bad_samples)
     count = len(loader)
     loader.close()
     if not count:
         raise AnonfwError(
-            f"with sharding each of the {trainer.world_size} ranks needs a sample of the validation split, and it has "
+            f"with sharding each of the {world} ranks needs a sample of the validation split, and it has "
             "fewer: use fewer ranks, or data.validate=null"
         )
     limit = trainer.limit_val_batches

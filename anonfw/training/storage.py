@@ -148,12 +148,17 @@ def manifest_of(checkpoint: Path) -> Path:
 
 def hashes(path: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 by relative name ("" is a file itself) of what this rank wrote of a checkpoint."""
-    files = [path] if path.is_file() else sorted(path.glob(f"__{rank}_*"))
-    if rank == 0 and path.is_dir():
-        files += [path / ".metadata", path / STRUCTURE]
+    files = sorted(path.glob(f"__{rank}_*")) if path.is_dir() else []
+    if rank == 0:
+        files += [path / ".metadata", path / STRUCTURE] if path.is_dir() else [path]
     return {
         "" if file == path else file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
     }
+
+
+def digest(checkpoint: Path) -> str:
+    """sha256 of a file; of a folder of shards, that of its manifest, which holds those of its files."""
+    return sha256_of(checkpoint if checkpoint.is_file() else manifest_of(checkpoint.resolve()))
 
 
 def write_manifest(checkpoint: Path, step: int, files: Mapping[str, Any]) -> None:
