@@ -34,7 +34,8 @@ class CaptionGrid(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        together = hasattr(trainer.strategy, "shard")  # each rank holds a part of the network: all of them draw
+        if batch_idx or trainer.sanity_checking or not (trainer.is_global_zero or together):
             return
         self.validations += 1
         if self.validations % self.every:
@@ -42,6 +43,8 @@ class CaptionGrid(lightning.Callback):
         from anonfw.evaluate.grid import contact_sheet
 
         rows = [pl_module.generate(self.captions, draw).float().cpu() for draw in range(self.rows)]
+        if not trainer.is_global_zero:
+            return
         columns = {caption: torch.stack([row[i] for row in rows]) for i, caption in enumerate(self.captions)}
         self.folder.mkdir(exist_ok=True)
         picture = self.folder / f"step-{trainer.global_step:07d}.png"

@@ -17,7 +17,7 @@ from anonfw.training.blocks import CLASSES, find_blocks
 from anonfw.training.ema import local, sharded
 
 # Entries of a system that run its networks: before each, what lies beside the blocks is gathered.
-ENTRIES = ("training_step", "validation_step", "anonymize", "reconstruct")
+ENTRIES = ("training_step", "validation_step", "anonymize", "reconstruct", "generate")
 
 
 class FSDP2(ModelParallelStrategy):
