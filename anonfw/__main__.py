@@ -66,6 +66,16 @@ VERBS = {
         "turn a checkpoint into weights, recipe and model card that others can load",
         "python -m anonfw export runs/id2face/LATEST exported",
     ),
+    "compare": Verb(
+        "anonfw.compare",
+        "put runs side by side: table, recipe differences, cost, plots, as one HTML page",
+        "python -m anonfw compare runs/id2face",
+    ),
+    "sweep": Verb(
+        "anonfw.sweep",
+        "train a recipe once for each combination of values, or list the combinations",
+        "python -m anonfw sweep recipes/id2face.yaml system.guidance=1,2,3 --group guidance",
+    ),
     "doctor": Verb(
         "anonfw.doctor",
         "show versions, devices, weights, caches, and whether the GPU really computes",

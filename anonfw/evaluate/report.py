@@ -86,6 +86,10 @@ class Table:
         """What a verb prints below the table: what else was written into `folder`."""
         return [f"table  {folder / 'table.txt'} (.md .csv .json)"]
 
+    def rows_with(self, columns: list[Column]) -> dict[str, dict[str, Estimate]]:
+        """The rows that have at least one of these measures."""
+        return {name: row for name, row in self.rows.items() if any(column.key in row for column in columns)}
+
     def value(self, row: str, measure: str) -> Estimate:
         """One cell. KeyError names what there is."""
         if row not in self.rows or measure not in self.rows[row]:
@@ -97,7 +101,7 @@ class Table:
         """The table for a terminal, WIDTH columns wide at most."""
         parts = []
         for title, columns in self.blocks():
-            parts.append("\n".join([title, *_fixed_width(self.rows, columns)]))
+            parts.append("\n".join([title, *_fixed_width(self.rows_with(columns), columns)]))
         facts = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in self.facts()]
         return "\n\n".join([*parts, "\n".join(facts)]) + "\n"
 
@@ -107,7 +111,7 @@ class Table:
         for title, columns in self.blocks():
             head = ["", *(" ".join(column.heading) for column in columns)]
             lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-            for name, row in self.rows.items():
+            for name, row in self.rows_with(columns).items():
                 cells = [_cell(row.get(c.key), c, name) for c in columns]
                 lines.append("| " + " | ".join([name, *cells]) + " |")
             parts.append("\n".join([f"**{title}**", "", *lines]))
