@@ -191,3 +191,34 @@ def test_a_recipe_without_weights_is_refused(tmp_path, photograph, capsys):
     Image.fromarray(photograph).save(tmp_path / "face.png")
     assert cli.main(["anonymize", "recipes/id2face.yaml", str(tmp_path / "face.png"), "init=null"]) == 2
     assert "names no trained weights: add init=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_papers_recipe_with_a_pipeline_and_an_adapter_file_in_the_released_layout(kind, photograph, tmp_path):
+    """What `doctor` tells an owner of released weights to run, on tiny ones that lie in the same files."""
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from anonfw import recipe as recipes
+    from anonfw import tiny_pipelines
+    from anonfw.training.load import build_system
+
+    Image.fromarray(photograph).save(tmp_path / "face.png")
+    recipe = "recipes/paper/reverse_personalization.yaml"
+    overrides = [
+        f"system.backbone.source={tiny_pipelines.save(tmp_path / kind, kind)}",
+        "system.identity.weights=arcface_mbf",
+        "system.lora_rank=4",
+        "system.size=64",
+        "system.anonymizer.steps=2",
+        *(["system.anonymizer.mode=nullface"] if kind == "sd15" else []),
+    ]
+    [(name, state)] = build_system(recipes.read(recipe, overrides)).interchange().items()
+    save_file({key: value.contiguous() for key, value in state.items()}, adapter := tmp_path / name)
+    words = [recipe, str(tmp_path / "face.png"), *overrides, "--out", str(tmp_path / "out")]
+    assert cli.main(["anonymize", *words, f"init={adapter}"]) == 0
+    out = np.array(Image.open(tmp_path / "out" / "face.png"))
+    assert out.shape == photograph.shape
+    assert np.abs(out.astype(int) - photograph)[150:250, 100:240].mean() > 2
+    assert np.array_equal(out[:, 330:380], photograph[:, 330:380])
