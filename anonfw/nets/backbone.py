@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anonfw.errors import AnonfwError
 from anonfw.nets.codec import DTYPES, Autoencoder, Dtype
+from anonfw.nets.pipeline_base import base_folder
 
 
 class Text(NamedTuple):
@@ -39,8 +40,8 @@ class Backbone(nn.Module):
     """Opens unet/, vae/, scheduler/, and each tokenizer and text_encoder that model_index.json names.
 
     Args:
-        source: a folder that `save_pretrained` wrote, or a hub id. revision: commit of a hub id, which needs one: a
-            branch may move under a run.
+        source: a folder that `save_pretrained` wrote, a base of the package (`face_model`), or a hub id.
+        revision: commit of a hub id, which needs one: a branch may move under a run.
         dtype: of the frozen U-Net and the text encoders. With bf16 or fp16 they take half the memory; what is trained
             on top stays fp32, and the U-Net runs under autocast.
         vae_dtype: null is fp32 where the autoencoder's own configuration asks for it (SDXL's does), else `dtype`.
@@ -308,11 +309,13 @@ def _no_bars() -> Iterator[None]:
 
 
 def find(source: str, revision: str | None = None) -> Path:
-    """The pipeline's folder: `source` itself, or the snapshot of a hub id, fetched if it is not in the hub's cache.
+    """The pipeline's folder: a base's, `source` itself, or the snapshot of a hub id, fetched if it is not in the cache.
 
     Raises:
-        AnonfwError: no such folder, no revision for a hub id, or neither cached nor to be fetched.
+        AnonfwError: no such folder, a damaged base, no revision for a hub id, or neither cached nor to be fetched.
     """
+    if (base := base_folder(source)) is not None:
+        return base
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

@@ -169,7 +169,7 @@ class TextToImage(System):
             tokenizer=self.tokenizer,
             unet=unet,
             scheduler=DDIMScheduler.from_config(
-                self.noise.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+                self.noise.config, clip_sample=False, timestep_spacing="trailing", steps_offset=1
             ),
             safety_checker=None,
             feature_extractor=None,
