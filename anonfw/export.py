@@ -49,10 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="write OUT/NAME.safetensors and its card OUT/NAME.md instead, for recipes that say `init: NAME`",
     )
+    parser.add_argument(
+        "--pipeline", action="store_true", help="of a text-to-image run: write OUT in diffusers' layout, half precision"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder, or the base, and says what lies where."""
+    if args.pipeline:
+        from anonfw.nets.pipeline_base import write_pipeline
+
+        print(f"pipeline {write_pipeline(args.run, args.out, args.overwrite)}")
+        return 0
     if args.as_base:
         file = export_base(args.run, args.out, args.as_base, args.dtype, args.table, args.overwrite)
         print(f"base   {file} ({file.stat().st_size / 1e6:.1f} MB)\ncard   {file.with_suffix('.md')}")
