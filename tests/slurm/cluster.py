@@ -28,7 +28,7 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue"
 NODES = ("n1", "n2")
 START_SECONDS = 60
 # How long a job may take on a machine that does ten other things; alone it takes a tenth of it.
-PATIENCE = 600
+PATIENCE = 1200
 PR_SET_PDEATHSIG = 1
 
 CONF = """\

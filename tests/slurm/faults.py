@@ -10,7 +10,7 @@ import lightning
 
 from anonfw.training import signals
 
-PATIENCE = 600
+PATIENCE = 1200
 
 
 class Hold(lightning.Callback):
