@@ -20,7 +20,7 @@ import torch
 
 from anonfw.data.files import cache_folder
 from anonfw.errors import AnonfwError
-from anonfw.nets.backbone import Backbone
+from anonfw.nets.backbone import Backbone, no_bars
 
 Kind = Literal["sdxl", "sd15"]
 
@@ -64,7 +64,8 @@ def save(folder: Path, kind: Kind, seed: int = 0) -> Path:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        BUILDERS[kind](seed).save_pretrained(partial, safe_serialization=True)
+        with no_bars():
+            BUILDERS[kind](seed).save_pretrained(partial, safe_serialization=True)
         try:
             os.rename(partial, folder)
         except OSError:

@@ -287,7 +287,7 @@ class Parts:
         from safetensors import SafetensorError
 
         try:
-            with _no_bars():
+            with no_bars():
                 yield found
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -295,8 +295,8 @@ class Parts:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers draws a progress bar for each network that it reads."""
+def no_bars() -> Iterator[None]:
+    """Within the block, transformers draws no progress bar for each network that it reads or writes."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
