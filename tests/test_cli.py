@@ -15,7 +15,8 @@ from anonfw import __main__ as cli
 from anonfw import recipe
 from anonfw.errors import AnonfwError
 
-HEAVY = {"torch", "lightning", "diffusers", "matplotlib", "cv2", "onnxruntime", "onnx", "wandb", "insightface", "omegaconf"}
+HEAVY = {"torch", "lightning", "diffusers", "matplotlib", "cv2", "onnxruntime", "onnx", "wandb", "omegaconf"}
+HEAVY |= {"insightface", "scipy"}
 
 
 def anonfw(root, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
