@@ -2,13 +2,14 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/rank_jobs.py JOBS.json
 
-JOBS.json is a list of {recipe, overrides, cut}: a run is cut before batch number `cut`, if that is not null. What a job
-raised on rank 0 is written to FOLDER.error.
+JOBS.json is a list of {recipe, overrides, folder, start}. With `start`, [another folder, step], the run folder begins
+as that one was when its checkpoint of that step was the newest. What a job raised is written to FOLDER.error.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -17,33 +18,33 @@ import tiny_training as tiny
 import torch
 
 from anonfw import recipe as recipes
-from anonfw.system import System
 from anonfw.training import fit as fitting
+from anonfw.training import runs, storage
 from anonfw.training.ranks import decided_once
 
 
-class Cut(Exception):
-    """Stands for whatever ends all processes of a run."""
+def as_it_was(folder: Path, step: int, copy: Path) -> Path:
+    """A copy of a finished run, in the state in which a kill soon after that step would have left it."""
+    shutil.copytree(folder, copy, symlinks=True)
+    for number, checkpoint in runs.numbered(copy):
+        if number > step:
+            storage.remove(checkpoint)
+            storage.manifest_of(checkpoint).unlink()
+    for name in ("finished.json", "model.safetensors", "measured.json"):
+        (copy / name).unlink(missing_ok=True)
+    return copy
 
 
 def run(job: dict) -> None:
     recipe = recipes.read(Path(job["recipe"]), job["overrides"])
-    plain = System.training_step
 
-    def training_step(self, *arguments):
-        if self.batches_seen == job["cut"]:
-            raise Cut
-        return plain(self, *arguments)
+    def open_run() -> list[str | None]:
+        if job["start"]:
+            as_it_was(Path(job["start"][0]), job["start"][1], Path(job["folder"]))
+        return [str(path) if path else None for path in fitting.open_run(recipe)]
 
-    System.training_step = training_step
-    try:
-        place = decided_once(lambda: [str(path) if path else None for path in fitting.open_run(recipe)])
-        folder, checkpoint = (Path(path) if path else None for path in place)
-        fitting.fit(recipe, folder, checkpoint)
-    except Cut:
-        pass
-    finally:
-        System.training_step = plain
+    folder, checkpoint = (Path(path) if path else None for path in decided_once(open_run))
+    fitting.fit(recipe, folder, checkpoint)
 
 
 def main(jobs: list[dict]) -> None:
@@ -54,8 +55,7 @@ def main(jobs: list[dict]) -> None:
         try:
             run(job)
         except Exception:  # noqa: BLE001 the test reads it, and the other jobs go on
-            folder = next(text.removeprefix("run=") for text in job["overrides"] if text.startswith("run="))
-            Path(f"{folder}.error").write_text(traceback.format_exc())
+            Path(f"{job['folder']}.error").write_text(traceback.format_exc())
         torch.distributed.barrier()
     leave()
 

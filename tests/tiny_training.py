@@ -175,7 +175,7 @@ class Measured:
 
     def measure(self, system: torch.nn.Module, recipe: Recipe, folder: Path) -> Measured:
         world = torch.distributed.get_world_size() if hasattr(system, "reshard") else 1
-        total = float(sum(value.double().sum() for value in system.trained_state().values()))
+        total = sum(float(value.detach().double().sum()) for value in system.trained_state().values())
         (folder / "measured.json").write_text(json.dumps({"sum": total, "world": world}))
         return self
 
