@@ -170,7 +170,9 @@ def fit(recipe: Mapping[str, Any], folder: Path, checkpoint: Path | None) -> Non
             system = build_system(recipe)
             load_weights(system, folder / "model.safetensors")
         report(system.to(trainer.strategy.root_device), recipe, folder, started)  # Lightning leaves it on the CPU
-    runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size)
+    device = trainer.strategy.root_device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    runs.finish(folder, time.time() - started, trainer.global_step, trainer.world_size, kind)
     for logger in loggers:
         if hasattr(logger, "conclude"):
             logger.conclude()

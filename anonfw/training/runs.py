@@ -133,11 +133,13 @@ def commit() -> str | None:
         return None
 
 
-def finish(folder: Path, seconds: float, steps: int, ranks: int) -> None:
+def finish(folder: Path, seconds: float, steps: int, ranks: int, device: str | None = None) -> None:
     """Marks the run as finished: the same command starts a new one from now on.
 
     Args:
         seconds: since the command was last started. steps: of the optimizer. ranks: processes that trained.
+        device: what each of them computed on: `CPU`, or the name of the GPU.
     """
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(folder / "finished.json", {"seconds": round(seconds, 1), "time": stamp, "steps": steps, "ranks": ranks})
+    record = {"seconds": round(seconds, 1), "time": stamp, "steps": steps, "ranks": ranks, "device": device}
+    write_json(folder / "finished.json", record)
