@@ -78,9 +78,7 @@ def step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def create(
-    name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None, mark: str | None = None
-) -> Path:
+def create(name: str, recipe_yaml: str, root: Path = ROOT, folder: Path | None = None, mark: str | None = None) -> Path:
     """A new run folder; the time in its name is UTC, and a number follows where two runs start in one second.
 
     Args:
