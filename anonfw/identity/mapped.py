@@ -44,7 +44,7 @@ class MappedIdentity(nn.Module):
         super().__init__()
         from anonfw.training.load import BASES, load_system
 
-        folder = Path(source) if "/" in source or Path(source).exists() else BASES / source
+        folder = BASES / source if (BASES / source).is_dir() else Path(source)
         system, _ = load_system(folder)
         if not hasattr(system, "ensemble") or not hasattr(system, "mapper"):
             raise AnonfwError(f"{folder} holds a {type(system).__name__}: name a run of recipes/identity_mapper.yaml")
