@@ -64,8 +64,8 @@ def embedded(root: Path) -> Path:
 def tiny_faces(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of its own, cut from the embedded faces: 12 people for training, 8 for each other split.
 
-    The shards hold at most 24 samples each, so that several are read. The embeddings come along. Read it, never write
-    into it: tests share it.
+    The shards hold at most 24 samples each, so that several are read. The embeddings come along, and captions. Read it,
+    never write into it: tests share it.
     """
     from anonfw.data.card import Card
     from anonfw.data.writer import DatasetWriter
@@ -88,7 +88,21 @@ def tiny_faces(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             people = _people(embedded / card.of_split(split)[0].file, list(hashes))
             for identity, samples in list(people.items())[: 12 if split == "train" else 8]:
                 writer.add_identity(split, identity, samples)
+    _describe(folder)
     return folder
+
+
+def _describe(folder: Path) -> None:
+    """Captions from the factors alone."""
+    from anonfw.data.captions import describe, mirrored, save_captions
+    from anonfw.data.card import Card
+    from anonfw.data.index import open_index
+
+    for shard in Card.load(folder).shards:
+        index = open_index(folder / shard.file, shard)
+        names = [name.decode() for name in index.factor_names.tolist()]
+        rows = [dict(zip(names, values, strict=True)) for values in index.factors.tolist()]
+        save_captions(folder, shard, [(describe(row), describe(mirrored(row))) for row in rows])
 
 
 def _people(tar: Path, recognizers: list[str]) -> dict[str, list]:

@@ -18,8 +18,9 @@ from anonfw.__main__ import main
 from anonfw.data.captions import Captions, captions_path, describe, mirrored, save_captions
 from anonfw.data.card import Card, DataError
 from anonfw.data.files import sha256_of
-from anonfw.data.latents import autoencoder_folder, folder_sha256
+from anonfw.data.latents import folder_sha256
 from anonfw.data.loader import FaceLoader
+from anonfw.nets.autoencoders import autoencoder_folder
 from anonfw.nets.backbone import Backbone
 from anonfw.nets.codec import Autoencoder
 

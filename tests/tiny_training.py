@@ -45,6 +45,17 @@ SYSTEMS = {
         "data.validate.limit_samples=8",
         "data.test.batch_size=4",
     ),
+    "anonfw.systems.text_to_image.TextToImage": (
+        "system.size=32",
+        "system.unet.widths=[16,32,32]",
+        "system.token_width=32",
+        "system.steps=2",
+        "callbacks.grid.rows=1",
+        "data.train.batch_size=4",
+        "data.train.limit_samples=14",
+        "data.validate.batch_size=4",
+        "data.validate.limit_samples=8",
+    ),
     "anonfw.systems.id2face.ID2Face": (
         "system.unet.widths=[16,32,32]",
         "system.token_width=32",
@@ -82,9 +93,13 @@ SYSTEMS = {
 
 def overrides(faces: Path, *more: str, path: Path = RECIPE) -> list[str]:
     """`key=value`s that make a recipe a matter of seconds."""
-    target = recipes.load(path)["system"]["_target_"]
+    loaded = recipes.load(path)
+    target, data = loaded["system"]["_target_"], loaded["data"]
     assert target in SYSTEMS, f"say in tests/tiny_training.py how {target} is made small"
-    return [*SMALL, *SYSTEMS[target], f"dataset={faces}", *more]
+    small = [value for value in (*SMALL, *SYSTEMS[target]) if "test" in data or not value.startswith("data.test.")]
+    pictures = ("decode=true", "latents=null")  # in place of latents that are not there
+    small += [f"data.{name}.{value}" for name in data if data[name].get("latents") for value in pictures]
+    return [*small, f"dataset={faces}", *more]
 
 
 def recipe(faces: Path, *more: str, path: Path = RECIPE) -> Recipe:

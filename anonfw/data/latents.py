@@ -18,24 +18,6 @@ from anonfw.data.card import Card, DataError, Shard
 from anonfw.data.files import sha256_of
 
 
-def autoencoder_folder(source: str, revision: str | None = None) -> Path:
-    """The folder, in diffusers' layout, of the autoencoder `source`.
-
-    Args:
-        source: `taesd` or `taesdxl` of the weights table; a pipeline's folder, base or hub id; or an autoencoder's own
-            folder. revision: commit of a hub id.
-    Raises:
-        AnonfwError: there is none.
-    """
-    from anonfw.nets import backbone
-    from anonfw.nets.taesd import taesd_folder
-
-    if source in ("taesd", "taesdxl"):
-        return taesd_folder(source)
-    folder = backbone.find(source, revision)
-    return folder / "vae" if (folder / "vae").is_dir() else folder
-
-
 def folder_sha256(folder: Path) -> str:
     """One hash of the configuration and the weights in a network's folder."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".bin"))
@@ -62,6 +44,8 @@ class Latents:
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], spec: Mapping[str, Any]) -> None:
+        from anonfw.nets.autoencoders import autoencoder_folder
+
         if not {"source", "size"} <= set(spec) <= {"source", "size", "revision"}:
             raise DataError(f"latents are given as {{source: ..., size: ...}} (and revision), not {dict(spec)}")
         vae = autoencoder_folder(spec["source"], spec.get("revision"))
@@ -99,6 +83,7 @@ def write_latents(
     import torch.nn.functional as F
 
     from anonfw.data.pictures import pictures
+    from anonfw.nets.autoencoders import autoencoder, autoencoder_folder
     from anonfw.nets.codec import Autoencoder
 
     vae = autoencoder_folder(source, revision)
@@ -108,7 +93,7 @@ def write_latents(
         if arrays.is_there(folder, shard, kind, shard.samples, shard.sha256):
             advance(shard.samples)
             continue
-        codec = codec or Autoencoder(str(vae), kind=_class_of(vae)).to(device)
+        codec = codec or autoencoder(source, revision).to(device)
         found = np.full(
             (shard.samples, 2, codec.channels, size // codec.factor, size // codec.factor), np.nan, np.float32
         )
@@ -122,9 +107,3 @@ def write_latents(
         arrays.save(folder, shard, kind, found, shard.sha256)
         done += 1
     return done
-
-
-def _class_of(folder: Path) -> str:
-    import json
-
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]

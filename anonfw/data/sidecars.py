@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--encoder", metavar="NAME", help="weights of a recogniser, such as arcface_mbf")
     what.add_argument("--captions", action="store_true", help="describe each picture by what is measured on it")
     what.add_argument(
-        "--latents", metavar="SOURCE", help="an autoencoder: taesd, a base, a pipeline's folder or hub id"
+        "--latents", metavar="SOURCE", help="an autoencoder: face_model (TAESD), a pipeline's folder or hub id"
     )
     what.add_argument("--text", metavar="SOURCE", help="encode the captions with a pipeline's text encoders")
     parser.add_argument("--size", type=int, metavar="PX", help="with --latents: side that pictures are resized to")
