@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,23 +194,32 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Path]:
     return targets
 
 
-def _opened(run: str, overrides: list[str], device: str | None) -> tuple[Callable, int, str, Attributes]:
+def open_system(place: str, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(system in eval mode, its recipe) of a run folder, a checkpoint, an export, or a recipe with its `init`.
+
+    Raises:
+        AnonfwError: as `anonfw.training.load_system`; or a recipe that names no weights.
+    """
+    from anonfw.recipe import read
+    from anonfw.training.load import build_system, load_system, start_from
+
+    if Path(place).suffix not in (".yaml", ".yml"):
+        return load_system(place, overrides)
+    recipe = read(place, list(overrides))
+    if not recipe.get("init"):
+        raise AnonfwError(f"{place} names no trained weights: add init=FILE (or give a run folder)")
+    system = build_system(recipe)
+    start_from(system, recipe["init"])
+    return system.eval(), recipe
+
+
+def _opened(place: str, overrides: list[str], device: str | None) -> tuple[Callable, int, str, Attributes]:
     """What anonymizes on its device, the crops' size and alignment, and what measures factors."""
     import torch
 
     from anonfw.attributes import Attributes
-    from anonfw.recipe import read
-    from anonfw.training.load import build_system, load_system, start_from
 
-    if Path(run).suffix in (".yaml", ".yml"):
-        recipe = read(run, overrides)
-        if not recipe.get("init"):
-            raise AnonfwError(f"{run} names no trained weights: add init=FILE (or give a run folder)")
-        system = build_system(recipe)
-        start_from(system, recipe["init"])
-        system.eval()
-    else:
-        system, recipe = load_system(run, overrides)
+    system, recipe = open_system(place, overrides)
     size, alignment = _crop_of(recipe)
     system = system.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return lambda batch, draw: system.anonymize(batch.to(system.device), draw), size, alignment, Attributes()
