@@ -51,6 +51,7 @@ def measures(
         EXPRESSION_ERROR: utility["expression_error"],
         "female %": rate_interval((looks["female"].numpy() > 0.5).astype(float), people),
         "age": mean_interval(looks["age"].numpy(), people),
+        "smile": mean_interval(made.factors["smile"], people),
     }
 
 
