@@ -4,7 +4,7 @@ shards that vanish or change, a loader worker that dies, a NaN on one rank.
     python bench/faults.py --out faults.json               # 100 kills, then each other fault once
     python bench/faults.py --kills 6 --only kills
 
-Every training is the recipe ID2Face made tiny (tests/tiny_training.py), a checkpoint after each step, in a process of
+Every training is a recipe (ID2Face's) made tiny (tests/tiny_training.py), a checkpoint after each step, in a process of
 its own: forked, so that the seconds of imports are paid once. A run that was hit is continued by the same command until
 it ends, and must then equal an undisturbed one bit for bit: weights, averages, optimizer, position in the data, and
 each row of metrics.jsonl.
@@ -100,8 +100,8 @@ class Child:
 class Bench:
     """Trainings in one folder, all alike. Each method is one fault and returns a row of what happened."""
 
-    def __init__(self, place: Path, seed: int) -> None:
-        self.place, self.rng, self.number = place, random.Random(seed), 0
+    def __init__(self, place: Path, seed: int, recipe: Path = tiny.RECIPE) -> None:
+        self.place, self.rng, self.recipe, self.number = place, random.Random(seed), recipe, 0
         self.whole = place / "whole"
         child = self.start(self.whole)
         if child.wait():
@@ -117,8 +117,8 @@ class Bench:
     ) -> Child:
         """What the same command does, again and again. `before` runs in the child."""
         # With every person of a split in one shard the limits leave the same samples in a copy of the data set.
-        overrides = tiny.overrides(faces, "data.validate=null", "callbacks.checkpoint.every=1", *more)
-        recipe = tiny.recipes.load(tiny.RECIPE, [*overrides, f"run={folder}"])
+        overrides = tiny.overrides(faces, "data.validate=null", *more, path=self.recipe)
+        recipe = tiny.recipes.load(self.recipe, [*overrides, f"run={folder}"])
 
         def work() -> None:
             before()
@@ -343,6 +343,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, starve and poison small trainings; each must end as if not.")
     parser.add_argument("--kills", type=int, default=100, help="how many kill -9 (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--recipe", type=Path, default=tiny.RECIPE, help="made tiny as in tests/tiny_training.py")
     parser.add_argument("--only", nargs="*", choices=["kills", *FAULTS], help="only these faults")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
@@ -353,7 +354,7 @@ def main() -> int:
     rows = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="anonfw-faults-") as place:
-        bench = Bench(Path(place), args.seed)
+        bench = Bench(Path(place), args.seed, args.recipe)
         print(f"an undisturbed training takes {bench.seconds:.1f} s", flush=True)
         for name in chosen:
             rows.append(bench.kills(args.kills) if name == "kills" else FAULTS[name](bench))

@@ -146,7 +146,7 @@ def differences(one: object, other: object, at: str = "") -> list[str]:
 def assert_same_end(one: Path, other: Path) -> None:
     """Parameters, averages, optimizer, schedule, loader's position and counters: bit for bit."""
     first, second = checkpoint(one), checkpoint(other)
-    assert len(first["state_dict"]) > 50
+    assert first["state_dict"], "nothing was saved"
     for saved in (first, second):
         # Some of Lightning's own counters tell in which hook a checkpoint was written and how a run was cut.
         saved["loader"] = saved.pop("loops")["fit_loop"]["state_dict"]["combined_loader"]
