@@ -34,6 +34,7 @@ PACKAGES = [
     "numpy",
     "scipy",
     "wandb",
+    "matplotlib",
 ]
 
 

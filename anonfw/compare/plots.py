@@ -160,7 +160,9 @@ def _dash(number: int) -> str:
 def _losses(experiments: Sequence[Experiment]) -> list[str]:
     logged = list(dict.fromkeys(name for e in experiments for name in e.curves))
     found = [name for head in ("val/", "train/") for name in sorted(logged) if name.startswith(head)]
-    found.sort(key=lambda name: not name.endswith("/loss"))  # the total first
+    terms = {term for e in experiments for term in (e.recipe.get("system") or {}).get("losses") or {}}
+    # The total first, then its terms, then what is watched besides.
+    found.sort(key=lambda name: (not name.endswith("/loss"), name.partition("/")[2] not in terms))
     return found[:PANELS]
 
 
