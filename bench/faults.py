@@ -241,12 +241,13 @@ class Bench:
             at_batch(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
         first = self.start(folder, faces=faces, before=plan)
-        first.wait()
+        trained_on = first.wait() == -signal.SIGKILL
+        itself = "trained on until it was killed" if trained_on else first.last_line()
         again = self.start(folder, faces=faces)
         again.wait()
         shard.write_bytes(kept)
         row = self.row(f"a shard {what} under the run", again, self.finish(folder, faces=faces))
-        row["met"] = f"the run itself: {first.last_line() or 'trained on'}; continued: {row['met']}"
+        row["met"] = f"the run itself: {itself}; continued: {row['met']}"
         shutil.rmtree(faces)
         return row
 
