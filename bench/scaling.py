@@ -1,8 +1,9 @@
 """How training scales: `python bench/scaling.py` over processes, and with `--estimate` over GPUs, on paper.
 
-Measured here (weak scaling: every process keeps its batch): samples a second of 1 and of 2 processes in turns, the
-share of the step that waits for data, the share that sums gradients, time and size of a checkpoint, and bytes that one
-rank keeps of parameters, averages and optimizer. docs/scaling.md has the tables.
+Measured here (weak scaling: every process keeps its batch): samples a second of 1 process, 2 with DDP and 2 with FSDP2,
+in turns; CPU time of a step, which neighbours on the machine hardly change; the share of the step that waits for data;
+the time to sum the gradients alone; time and size of a checkpoint; and bytes that one rank keeps of parameters, average
+and optimizer. docs/scaling.md has the tables.
 """
 
 from __future__ import annotations
@@ -144,6 +145,12 @@ def estimates(machine: Machine, gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256
 
 # Measured.
 
+LAYOUTS = {
+    "1 process": (1, None),
+    "2, DDP": (2, "ddp"),
+    "2, FSDP2": (2, "{_target_: anonfw.training.fsdp.FSDP2, min_parameters: 0}"),
+}
+
 
 def worker(recipe: Path, changes: list[str], folder: Path, steps: int) -> None:
     """One rank: trains, and rank 0 writes what it measured to FOLDER.json."""
@@ -157,7 +164,7 @@ def worker(recipe: Path, changes: list[str], folder: Path, steps: int) -> None:
     from anonfw.training.ranks import decided_once
 
     torch.set_num_threads(1)
-    times: dict[str, list[float]] = {"step": [], "data": [], "save": []}
+    times: dict[str, list[float]] = {"step": [], "cpu": [], "data": [], "save": []}
     found: dict[str, float] = {}
     save = Checkpoints.save
 
@@ -172,17 +179,18 @@ def worker(recipe: Path, changes: list[str], folder: Path, steps: int) -> None:
     class Clock(lightning.Callback):
         """A step is from batch to batch; its wait for data ends with `on_train_batch_start`."""
 
-        ended = 0.0
+        ended = used = 0.0
 
         def on_train_batch_start(self, *_: object) -> None:
             if self.ended:
                 times["data"].append(time.perf_counter() - self.ended)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ARG002
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.process_time()
             if self.ended:
                 times["step"].append(now - self.ended)
-            self.ended = now
+                times["cpu"].append(cpu - self.used)
+            self.ended, self.used = now, cpu
             found["batch"] = len(batch) * (1 if batch.partner is None else 2)
 
         def on_train_end(self, trainer, pl_module) -> None:
@@ -221,16 +229,17 @@ def worker(recipe: Path, changes: list[str], folder: Path, steps: int) -> None:
         Path(f"{folder}.json").write_text(json.dumps(found | medians))
 
 
-def measure(ranks: int, args: argparse.Namespace, place: Path) -> dict[str, float]:
+def measure(layout: str, args: argparse.Namespace, place: Path) -> dict[str, float]:
     """One run in fresh processes, each with one thread and its own batch."""
+    ranks, strategy = LAYOUTS[layout]
     folder = place / f"{ranks}-{time.monotonic_ns()}"
     changes = [
         "init=null", "evaluate=null", f"trainer.max_steps={args.steps}", "trainer.accelerator=cpu",
         "trainer.enable_progress_bar=false", f"trainer.devices={ranks}", "data.validate=null",
         f"callbacks.checkpoint.every={args.steps}", f"run={folder}", *args.overrides,
     ]  # fmt: skip
-    if ranks > 1:
-        changes.append(f"trainer.strategy={args.strategy}")
+    if strategy:
+        changes.append(f"trainer.strategy={strategy}")
     itself = [str(Path(__file__).resolve()), "--worker", str(folder), "--steps", str(args.steps)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -241,29 +250,33 @@ def measure(ranks: int, args: argparse.Namespace, place: Path) -> dict[str, floa
     return json.loads(Path(f"{folder}.json").read_text())
 
 
-def report(rounds: dict[int, list[dict[str, float]]]) -> str:
-    """Medians over the rounds, with the smallest and the largest of them."""
-    lines = ["| processes | samples/s (min, max) | efficiency | step ms | waits for data | sums gradients |"]
-    lines.append("|---|---|---|---|---|---|")
-    rates = {ranks: [ranks * r["batch"] / r["step"] for r in each] for ranks, each in rounds.items()}
-    for ranks, each in rounds.items():
-        rate, step = statistics.median(rates[ranks]), statistics.median(r["step"] for r in each)
-        efficiency = rate / (ranks * statistics.median(rates[1]))
-        data = statistics.median(r["data"] / r["step"] for r in each)
-        sums = statistics.median(r["sum_seconds"] / r["step"] for r in each)
-        lines.append(
-            f"| {ranks} | {rate:.1f} ({min(rates[ranks]):.1f}, {max(rates[ranks]):.1f}) | {100 * efficiency:.0f} % "
-            f"| {1e3 * step:.0f} | {100 * data:.1f} % | {100 * sums:.1f} % |"
-        )
-    lines += ["", "| processes | parameters | average | optimizer | frozen | checkpoint MB | saved in |"]
+def report(rounds: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the rounds; of the rate also the smallest and the largest."""
+
+    def middle(each: list[dict[str, float]], what: str) -> float:
+        return statistics.median(found[what] for found in each)
+
+    lines = [
+        "| processes | samples/s (min, max) | efficiency | step ms | CPU ms | waits for data | sums gradients, ms |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
-    for ranks, each in rounds.items():
-        sizes = [each[0][f"{what}_bytes"] / 1e6 for what in ("parameter", "average", "optimizer", "frozen")]
-        saved = statistics.median(r["save"] for r in each)
+    rates = {name: [LAYOUTS[name][0] * found["batch"] / found["step"] for found in rounds[name]] for name in rounds}
+    alone = statistics.median(next(iter(rates.values())))
+    for name, each in rounds.items():
+        rate = statistics.median(rates[name])
         lines.append(
-            f"| {ranks} | {' | '.join(f'{size:.2f} MB' for size in sizes)} "
-            f"| {each[0]['checkpoint_bytes'] / 1e6:.1f} | {saved:.2f} s |"
+            f"| {name} | {rate:.1f} ({min(rates[name]):.1f}, {max(rates[name]):.1f}) "
+            f"| {100 * rate / (LAYOUTS[name][0] * alone):.0f} % | {1e3 * middle(each, 'step'):.0f} "
+            f"| {1e3 * middle(each, 'cpu'):.0f} | {100 * middle(each, 'data') / middle(each, 'step'):.1f} % "
+            f"| {1e3 * middle(each, 'sum_seconds'):.0f} |"
         )
+    lines += ["", "| processes | parameters MB | average MB | optimizer MB | frozen MB | checkpoint MB | saved in s |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, each in rounds.items():
+        sizes = [
+            each[0][f"{what}_bytes"] / 1e6 for what in ("parameter", "average", "optimizer", "frozen", "checkpoint")
+        ]
+        lines.append(f"| {name} | {' | '.join(f'{size:.2f}' for size in sizes)} | {middle(each, 'save'):.2f} |")
     return "\n".join(lines)
 
 
@@ -272,7 +285,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--estimate", action="store_true", help="print the table for 8 to 256 GPUs and end")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "id2face.yaml")
-    parser.add_argument("--strategy", default="ddp", help="of the two processes: ddp, or a node in YAML")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -282,11 +294,11 @@ def main() -> None:
     elif args.worker:
         worker(args.recipe, args.overrides, args.worker, args.steps)
     else:
-        rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+        rounds: dict[str, list[dict[str, float]]] = {layout: [] for layout in LAYOUTS}
         with tempfile.TemporaryDirectory() as place:
             for _ in range(args.rounds):
-                for ranks, found in rounds.items():
-                    found.append(measure(ranks, args, Path(place)))
+                for layout, found in rounds.items():
+                    found.append(measure(layout, args, Path(place)))
         print(report(rounds))
 
 
