@@ -23,9 +23,10 @@ HUB_IDS: dict[Kind, str] = {
 ADAPTERS: dict[Kind, str] = {"sd15": "ip-adapter-faceid_sd15", "sdxl": "ip-adapter-faceid_sdxl"}
 ADAPTER_REPOSITORY = "h94/IP-Adapter-FaceID"
 RECIPES: dict[Kind, str] = {
-    "sd15": "recipes/paper/reverse_personalization.yaml system.size=512 system.anonymizer.mode=nullface",
+    "sd15": "recipes/paper/sd15_adapter.yaml",
     "sdxl": "recipes/paper/reverse_personalization.yaml",
 }
+TRAINING: dict[Kind, str] = {"sd15": "recipes/paper/sd15_adapter.yaml", "sdxl": "recipes/paper/sdxl_adapter.yaml"}
 
 
 class Released(NamedTuple):
@@ -43,7 +44,7 @@ class Released(NamedTuple):
         if self.adapter is None:
             return (
                 f"no released adapter ({ADAPTER_REPOSITORY}): train one with python -m anonfw fit "
-                f"{RECIPES[self.kind]} {source} dataset=FOLDER"
+                f"{TRAINING[self.kind]} {source} dataset=FOLDER"
             )
         return f"python -m anonfw anonymize {RECIPES[self.kind]} {source} init={self.adapter} PHOTOGRAPH"
 
