@@ -103,7 +103,7 @@ def leakage_utility(experiments: Sequence[Experiment], labels: Sequence[str]) ->
         axes.set_ylabel(UTILITY[name])
         axes.margins(0.1)
         axes.autoscale_view()
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # what leaks nothing is drawn whole
         axes.set_ylim(bottom=0)
     return figure
 
