@@ -128,7 +128,10 @@ def run_files(place: str | Path) -> tuple[Path, Path]:
         AnonfwError: no run there, or none that has weights.
     """
     place = Path(place)
-    folder = place if place.is_dir() else next((p for p in place.parents if (p / "recipe.yaml").exists()), place.parent)
+    if place.is_dir() and not (place / storage.STRUCTURE).exists():  # a checkpoint of shards is a folder, too
+        folder = place
+    else:
+        folder = next((parent for parent in place.parents if (parent / "recipe.yaml").exists()), place.parent)
     if not (folder / "recipe.yaml").exists():
         raise AnonfwError(f"{place} is no run folder: there is no recipe.yaml in it")
     if place != folder:
