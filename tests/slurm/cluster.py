@@ -203,8 +203,11 @@ class Cluster:
         return fields["JobState"], int(fields["Restarts"]), fields["ExitCode"]
 
     def start_now(self, job: str) -> None:
-        """SLURM puts a requeued job off for a while; not here."""
-        self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)  # it may run already
+        """SLURM puts a requeued job off for minutes; here for seconds. (Within the second in which its old credential
+        was revoked the new one would count as revoked, too.)
+        """
+        wait_for("the end of the first start", lambda: self.states(job)[0] != "COMPLETING", PATIENCE)
+        self.run("scontrol", "update", f"jobid={job}", "starttime=now+5", check=False)  # it may run already
 
     def wait(self, job: str, wanted: Callable[[str, int], bool], seconds: float, output: Callable[[], Path]) -> None:
         """Until `wanted(state, restarts)`; ends early when the job has ended otherwise. `output`: the job's, to show.
