@@ -10,6 +10,7 @@ import torch
 
 from anonfw.batch import FaceBatch
 from anonfw.data.loader import FaceLoader
+from anonfw.nets.autoencoders import autoencoder
 from anonfw.nets.backbone import Backbone
 from anonfw.photographs import open_system
 
@@ -39,6 +40,16 @@ def test_the_base_is_stable_diffusions_layout_and_small():
     assert backbone.noise.config.prediction_type == "v_prediction"
     folder = Path(backbone.unet.config._name_or_path).parent
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+
+
+@pytest.mark.shared
+def test_its_autoencoder_is_the_released_taesd(real_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("ANONFW_WEIGHTS", str(real_data / "weights"))
+    monkeypatch.setenv("ANONFW_CACHE", str(tmp_path))
+    ours, released = autoencoder("face_model").vae.state_dict(), autoencoder("taesd").vae.state_dict()
+    assert ours.keys() == released.keys()
+    for name, value in released.items():
+        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4), name
 
 
 def test_guidance_away_from_a_person_leads_away(system, photos):
