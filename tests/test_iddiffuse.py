@@ -21,7 +21,7 @@ from anonfw.errors import AnonfwError
 from anonfw.identity.bank import BankError, IdentityBank
 from anonfw.identity.mapped import MappedIdentity, between
 from anonfw.nets.non_identity import face_region
-from anonfw.training.load import BASES, build_system, load_weights, read_weights, start_from
+from anonfw.training.load import BASES, build_system, load_weights, start_from
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -334,7 +334,6 @@ def test_less_strength_is_another_person():
     assert cosines[0] > 0.5 > 0.3 > cosines[-1]
 
 
-def test_the_shipped_bases_are_small_and_whole(system):
+def test_the_shipped_bases_are_small():
     assert (BASES / "iddiffuse.safetensors").stat().st_size <= 20e6
     assert sum(file.stat().st_size for file in (BASES / "identity_mapper").iterdir()) <= 5e6
-    assert read_weights("iddiffuse").keys() == system.trained_state().keys()
