@@ -132,6 +132,7 @@ def test_plain_batches_are_refused(system, batch):
         system.step(alone, system.rng("train", 0))
 
 
+@pytest.mark.slow
 def test_without_conditions_the_network_reads_the_identity_alone(tiny_faces, batch):
     """The ablations, and the paper's form: no surroundings, the whole crop."""
     more = ["system.texture=null", "system.factors=null", "system.surroundings=false", "system.canvas=null"]
@@ -219,6 +220,7 @@ def replace_bank(folder: Path, dim: int, embedding: str | None = None) -> None:
     IdentityBank(bank.centres[:, :dim], bank.names, embedding or bank.embedding).save(folder / "bank.safetensors")
 
 
+@pytest.mark.slow
 def test_a_bank_of_another_mapper_or_width_is_refused(mapper):
     replace_bank(mapper, 512, "arcface_mbf+edgeface_s > E_I 0123456789abcdef")
     with pytest.raises(BankError, match="bank was made with .*0123456789abcdef, the system embeds with"):
@@ -260,6 +262,7 @@ def test_identities_of_the_same_sex_come_first(system, batch, monkeypatch):
 # Weights.
 
 
+@pytest.mark.slow
 def test_parts_of_another_base(recipe, tmp_path, capsys):
     fresh, other = build_system(recipe), tmp_path / "other.safetensors"
     before = {name: value.clone() for name, value in fresh.trained_state().items()}
@@ -276,6 +279,7 @@ def test_parts_of_another_base(recipe, tmp_path, capsys):
         start_from(fresh, {"source": "x"})
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_the_one_in_git(tiny_faces, tmp_path):
     """Six steps. `ANONFW_UPDATE_GOLDEN=1 pytest ...` writes the curve anew."""
     folder = tiny.train(tiny.recipe(tiny_faces, f"run={tmp_path / 'run'}", path=RECIPE))
