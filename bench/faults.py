@@ -142,18 +142,20 @@ class Bench:
         return self.same(folder) if child.wait() == 0 else f"did not end: {child.last_line()}"
 
     def kills(self, count: int) -> dict:
-        """`count` kills at moments drawn uniformly over the time that an undisturbed training takes."""
+        """`count` kills at moments drawn uniformly over the time that the last undisturbed training took."""
         made = saving = runs = 0
         ends: list[str] = []
         while made < count:
             folder = self.folder("kill")
-            runs += 1
+            runs, before = runs + 1, made
             child = self.start(folder)
             while made < count:
                 moment = child.began + self.rng.uniform(0, self.seconds)
                 while time.monotonic() < moment and not child.ended():
                     time.sleep(0.001)
                 if child.ended():
+                    if made == before:  # nobody disturbed it: how fast the machine is now
+                        self.seconds = time.monotonic() - child.began
                     break
                 child.kill()
                 made += 1
