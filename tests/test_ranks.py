@@ -30,6 +30,7 @@ MAPPER = ROOT / "recipes" / "identity_mapper.yaml"
 DDP = "trainer.strategy=ddp"
 FSDP = "trainer.strategy={_target_: anonfw.training.fsdp.FSDP2, min_parameters: 0}"
 HYBRID = FSDP.replace("}", ", shard_over: 1}")  # two copies, each on one rank
+GATHERED = FSDP.replace("}", ", gather: bfloat16, reshard_after_forward: false}")
 GRID = "callbacks.grid={_target_: anonfw.training.grid.SampleGrid, _partial_: true, rows: 2}"
 MEASURED = "evaluate={_target_: tiny_training.Measured}"
 # The other systems, each with its smallest recipe.
@@ -63,6 +64,7 @@ JOBS = [
     Job("fsdp again", tiny.RECIPE, (FSDP, *MORE, BEST, GRID, MEASURED), ("fsdp", 4)),
     Job("ddp to fsdp", tiny.RECIPE, (FSDP, *MORE), ("ddp", 4)),
     Job("hybrid", tiny.RECIPE, (HYBRID, *MORE), ("ddp", 4)),
+    Job("gathered", tiny.RECIPE, (GATHERED, "trainer.precision=bf16-mixed", *MORE), ("ddp", 4)),
     Job("fsdp to ddp", tiny.RECIPE, (DDP, *MORE, BEST, GRID, MEASURED), ("fsdp", 4)),
     Job("mapper ddp", MAPPER, (DDP, EMA, *MORE)),
     Job("mapper fsdp", MAPPER, (FSDP, EMA, *MORE)),
@@ -172,6 +174,11 @@ def test_rank_0_measures_a_sharded_run_alone(folders):
 
 def test_copies_of_shards_train_as_one_set_of_shards(folders):
     assert tiny.curve(folders["hybrid"]) == pytest.approx(tiny.curve(folders["ddp"]), rel=1e-5)
+
+
+def test_parameters_can_travel_in_half_the_bytes(folders):
+    found, expected = tiny.curve(folders["gathered"]), tiny.curve(folders["ddp"])
+    assert found == pytest.approx(expected, rel=1e-3) and found[5] != expected[5]
 
 
 def test_one_process_continues_a_sharded_run(folders, tiny_faces, tmp_path):
