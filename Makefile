@@ -5,7 +5,7 @@ RECIPE ?= recipes/id2face.yaml
 # Test processes: one a core, at most 8, because each holds torch in memory.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 
-# All of them wait for SLURM's own clocks for some minutes; CI names those that do not.
+# What `make test-slurm` runs; some wait for SLURM's own clocks for a minute or two.
 SLURM_TESTS ?= tests/slurm
 
 SHELL := bash

@@ -68,7 +68,7 @@ class Plan:
 
     def remedy(self) -> str:
         limited = len(self.table) < sum(shard.samples for shard in self.table.shards)
-        if not self.units and self.mode in ("groups", "pairs"):
+        if not self.units and len(self.table) and self.mode in ("groups", "pairs"):
             return "Each person has one photo: pairs and triplets need people with two or more."
         larger = "Write a larger data set (python data/image_folder.py --help)."
         return "Raise the loader's limit." if limited else larger
