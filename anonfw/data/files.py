@@ -27,9 +27,10 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: object, indent: int | None = 1) -> None:
-    """JSON with a final newline, atomically; indented, or with `indent` None on one line."""
+    """JSON with a final newline, atomically; indented, or with `indent` None on one line without spaces."""
+    separators = (",", ":") if indent is None else None
     with atomic(path) as file:
-        file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(value, indent=indent, separators=separators, ensure_ascii=False) + "\n").encode())
 
 
 def json_lines(file: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ class Table:
         """The table for a terminal, WIDTH columns wide at most."""
         parts = []
         for title, columns in self.blocks():
-            parts.append("\n".join([title, *_fixed_width(self.rows_with(columns), columns)]))
+            if rows := self.rows_with(columns):
+                parts.append("\n".join([title, *_fixed_width(rows, columns)]))
         facts = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in self.facts()]
         return "\n\n".join([*parts, "\n".join(facts)]) + "\n"
 
@@ -109,9 +110,11 @@ class Table:
         """The same as Markdown tables; the numbers behind each cell are in the CSV."""
         parts = []
         for title, columns in self.blocks():
+            if not (rows := self.rows_with(columns)):
+                continue
             head = ["", *(" ".join(column.heading) for column in columns)]
             lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-            for name, row in self.rows_with(columns).items():
+            for name, row in rows.items():
                 cells = [_cell(row.get(c.key), c, name) for c in columns]
                 lines.append("| " + " | ".join([name, *cells]) + " |")
             parts.append("\n".join([f"**{title}**", "", *lines]))

@@ -72,7 +72,6 @@ class Preemption(lightning.Callback):
         for checkpoint in trainer.checkpoint_callbacks:
             checkpoint.commit(trainer)
         trainer.strategy.barrier("anonfw-stopped")  # nobody leaves before all have written
-        signals.forget()
         name = signal.Signals(self._stopping).name
         if trainer.is_global_zero:
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -86,5 +85,6 @@ class Preemption(lightning.Callback):
         self._release()
 
     def _release(self) -> None:
+        signals.forget()  # one that came in the last step: another training of this process is not meant
         signals.restore(self._before)
         self._before = {}
