@@ -160,8 +160,11 @@ class Bench:
                 child.kill()
                 made += 1
                 saving += any((folder / "checkpoints").glob(".*.partial"))
+                if (folder / "finished.json").exists():
+                    break  # it was hit when all was done: there is nothing to continue
                 child = self.start(folder)
-            ends.append(self.same(folder) if child.wait() == 0 else f"did not end: {child.last_line()}")
+            done = child.wait() == 0 or (folder / "finished.json").exists()
+            ends.append(self.same(folder) if done else f"did not end: {child.last_line()}")
             if ends[-1] == "bitwise equal":
                 shutil.rmtree(folder)
             print(f"  {made} kills ({saving} while saving), {runs} runs; this one: {ends[-1]}", flush=True)
