@@ -41,7 +41,7 @@ demo: $(STAMP) ## install, train ID2Face on the embedded faces, print the table 
 	$(BIN)/python -m anonfw fit $(RECIPE)
 
 .PHONY: test
-test: $(STAMP) ## install and run the whole test suite (4 to 5 minutes on 2 cores)
+test: $(STAMP) ## install and run the whole test suite (about 10 minutes on 2 cores)
 	$(TEST)
 
 .PHONY: test-slurm
@@ -49,7 +49,7 @@ test-slurm: $(STAMP) ## trainings on a real SLURM cluster of two nodes, made on 
 	ANONFW_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SLURM_TESTS)
 
 .PHONY: check
-check: lint ## lint and the quick part of the suite (under two minutes on 2 cores)
+check: lint ## lint and the quick part of the suite (a few minutes on 2 cores)
 	$(TEST) -m "not slow"
 
 .PHONY: lint
