@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from anonfw.data.files import atomic
+from anonfw.training.grid import keep_grid
 
 
 class CaptionGrid(lightning.Callback):
@@ -46,13 +46,7 @@ class CaptionGrid(lightning.Callback):
         if not trainer.is_global_zero:
             return
         columns = {caption: torch.stack([row[i] for row in rows]) for i, caption in enumerate(self.captions)}
-        self.folder.mkdir(exist_ok=True)
-        picture = self.folder / f"step-{trainer.global_step:07d}.png"
-        with atomic(picture) as file:
-            file.write(contact_sheet(columns, zoom=1))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("grid", [str(picture)], step=trainer.global_step)
+        keep_grid(trainer, self.folder, contact_sheet(columns, zoom=1))
 
     def state_dict(self) -> dict:
         return {"validations": self.validations}

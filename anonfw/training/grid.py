@@ -48,16 +48,21 @@ class SampleGrid(lightning.Callback):
         drawn = sample_grid(pl_module, people)
         if not trainer.is_global_zero:
             return
-        self.folder.mkdir(exist_ok=True)
-        picture = self.folder / f"step-{trainer.global_step:07d}.png"
-        with atomic(picture) as file:
-            file.write(drawn)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("grid", [str(picture)], step=trainer.global_step)
+        keep_grid(trainer, self.folder, drawn)
 
     def state_dict(self) -> dict:
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.validations = state_dict["validations"]
+
+
+def keep_grid(trainer: lightning.Trainer, folder: Path, png: bytes) -> None:
+    """Writes this step's picture into `folder` and hands it to the loggers that take pictures."""
+    folder.mkdir(exist_ok=True)
+    picture = folder / f"step-{trainer.global_step:07d}.png"
+    with atomic(picture) as file:
+        file.write(png)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image("grid", [str(picture)], step=trainer.global_step)
